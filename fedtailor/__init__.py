@@ -1,0 +1,6 @@
+"""fedtailor: organisations that may not share data tailor a model together. Federated learning in six pure functions."""
+
+from fedtailor.strategy import SUM, Local, Reduce, Strategy, over_clients
+
+__all__ = ["SUM", "Local", "Reduce", "Strategy", "over_clients"]
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""A recipe is what a study customises: a contract, a way to prepare data, a model, a loss and its metrics."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedtailor import seeds
+from fedtailor.training import Losses
+from fedtailor.tree import Params, Tree
+
+Table = Mapping[str, Sequence[str]]  # column name -> raw cells as text, "" where a cell is empty; all of one length
+Metrics = dict[str, float | None]  # None: not estimable from this part, and never printed as a number
+
+
+class Part(NamedTuple):
+    """Prepared examples."""
+
+    x: Tensor  # [N, ...]
+    y: Tensor  # [N]
+
+
+class Dataset(NamedTuple):
+    """One site's data, prepared and split by subject."""
+
+    train: Part
+    test: Part
+    fingerprint: str  # SHA-256 over the prepared rows, independent of their order
+    rows: int  # of the source, train and test together
+    notes: tuple[str, ...] = ()  # what a person should know: "chol: 123 of 123 missing"
+
+
+class Recipe(NamedTuple):
+    """Everything the algorithms need to know of a model and its data. ``prepare`` uses only public knowledge."""
+
+    name: str
+    prepare: Callable[[Table], Dataset]  # raises ContractError naming column, row and value
+    model: Callable[[], nn.Module]  # a fresh module: x [B, ...] -> outputs [B, ...]
+    losses: Callable[[Tensor, Tensor], Tensor]  # outputs, y -> loss of each example [B]
+    metrics: Callable[[Tensor, Tensor], Metrics]  # outputs, y of a test part -> named metrics
+
+
+def initial(recipe: Recipe, seed: int) -> Params:
+    """The parameters that every run of this recipe and seed starts from."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(seeds.generator(seed, "init", recipe.name).initial_seed() % 2**63))
+        return {name: p.detach().clone() for name, p in recipe.model().named_parameters()}
+
+
+def losses(recipe: Recipe) -> Losses:
+    """The recipe's loss as a pure function of parameters."""
+    module = recipe.model()
+
+    def fn(params: Tree, x: Tensor, y: Tensor) -> Tensor:
+        return recipe.losses(torch.func.functional_call(module, params, (x,)), y)
+
+    return fn
+
+
+def evaluate(recipe: Recipe, params: Params, part: Part, minimum: int = 10) -> Metrics:
+    """Metrics of ``params`` on ``part``; every one is None where the part has fewer than ``minimum`` examples."""
+    module = recipe.model()
+    with torch.no_grad():
+        measured = recipe.metrics(torch.func.functional_call(module, params, (part.x,)), part.y)
+    return measured if len(part.y) >= minimum else {name: None for name in measured}

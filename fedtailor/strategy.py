@@ -1,0 +1,75 @@
+"""A federated algorithm is a value: six pure functions.
+
+The server *inits* a state and *broadcasts* part of it; each client *corrects* its gradients and *reports* one
+summand; the wire *reduces* the summands; the server *applies* the total. A variation is ``strategy._replace(...)``.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtailor import tree
+from fedtailor.tree import Tree
+
+
+class Local(NamedTuple):
+    """What a client knows when its local training ends."""
+
+    cast: Tree  # what the server broadcast; cast["params"] is the starting point
+    memory: Tree  # what this client kept from its last round
+    params: Tree  # where local training ended
+    num_examples: Tensor  # scalar: the rows of the client's training part, a public number
+    num_steps: Tensor  # scalar
+    lr: float
+
+
+class Reduce(NamedTuple):
+    """A fold over blocks of clients. A block's leaves are ``[K, ...]``; one reply is a block with ``K = 1``.
+
+    ``add`` owns its accumulator and may change it in place, so that folding a reply needs no second copy of it.
+    """
+
+    add: Callable[[Tree | None, Tree], Tree]
+    done: Callable[[Tree], Tree] = lambda acc: acc
+    is_sum: bool = False  # a sum needs O(1) memory, can be secretly aggregated and has a sensitivity
+
+
+def _sum(acc: Tree | None, block: Tree) -> Tree:
+    if acc is None:  # float64: the order in which replies arrive then does not show in float32 parameters
+        return tree.map(lambda x: x.sum(0, dtype=torch.double), block)
+    return tree.map(lambda a, x: a.add_(x[0] if len(x) == 1 else x.sum(0, dtype=torch.double)), acc, block)
+
+
+def _cat(acc: Tree | None, block: Tree) -> Tree:
+    return block if acc is None else tree.map(lambda a, b: torch.cat([a, b]), acc, block)
+
+
+SUM = Reduce(_sum, is_sum=True)
+
+
+def over_clients(fn: Callable[[Tensor], Tensor]) -> Reduce:
+    """A reduction that must see all clients at once: ``fn`` maps ``[K, ...]`` to ``[...]``."""
+    return Reduce(_cat, lambda acc: tree.map(fn, acc))
+
+
+class Strategy(NamedTuple):
+    """One federated algorithm. Every function is pure; the client's two also run under ``torch.func.vmap``.
+
+    ``state["params"]`` is the model. ``cast["params"]`` is where local training starts; a strategy that trains from
+    another point than its model (an average of iterates, say) casts the model too, as ``cast["model"]``.
+    """
+
+    init: Callable[[Tree], Tree]  # params -> state
+    apply: Callable[[Tree, Tree, int], Tree]  # state, total, round -> state
+    report: Callable[[Local], tuple[Tree, Tree]]  # -> summand, memory
+    broadcast: Callable[[Tree], Tree] = lambda state: {"params": state["params"]}
+    correct: Callable[[Tree, Tree, Tree, Tree], Tree] = lambda grads, params, cast, memory: grads
+    remember: Callable[[Tree], Tree] = lambda params: {}  # a new client's memory
+    reduce: Reduce = SUM
+
+
+def model_in(cast: Tree) -> Tree:
+    """The parameters to evaluate in what a server broadcast."""
+    return cast.get("model", cast["params"])
