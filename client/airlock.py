@@ -1,0 +1,94 @@
+"""The one gate through which anything leaves a site. It runs in the daemon, outside the training process.
+
+An answer is compared with what the plan says will leave: names, shapes, dtypes, finite values, and which metrics. One
+thing wrong and the whole answer is dropped. What passes is salted, made durable, written to the egress log, and sent.
+"""
+
+import hashlib
+import json
+import secrets
+import time
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from fedtailor import recipe as recipes
+from fedtailor import store, wire
+from fedtailor.client import inbox
+from fedtailor.client.fleet import Envelope, Fleet
+from fedtailor.client.site import Policy
+from fedtailor.config import build
+from fedtailor.errors import RefusedError, WireError
+from fedtailor.recipe import Recipe
+from fedtailor.strategy import Strategy
+from fedtailor.study import Plan
+from fedtailor.wire import Report, Visit
+
+
+def admit(
+    out: Path, outbox: Path, visit: Visit, plan: Plan, policy: Policy, *, epsilon: float | None, test_rows: int
+) -> tuple[Report, str]:
+    """Check what the training process left in ``out`` and make it durable in the outbox.
+
+    Returns:
+        The report that may leave, and the SHA-256 of the summand.
+
+    Raises:
+        RefusedError: with code ``airlock-…``; nothing of the answer leaves then.
+    """
+    try:
+        report = wire.parse_head(Report, (out / "work.json").read_text())
+        if (report.run, report.round) != (visit.run, visit.round):
+            raise WireError("an answer to another visit", code="round")
+        path = out / "summand.safetensors"
+        spec = wire.summand_spec(plan, build(plan.strategy, Strategy), recipes.initial(build(plan.recipe, Recipe), plan.seed))
+        with safe_open(path, framework="pt") as file:
+            if file.metadata():
+                raise WireError("tensors that carry text", code="metadata")
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        wire.check(flat, spec if visit.train else {})
+        payload = path.read_bytes()
+        if len(payload) > wire.size_limit(spec):
+            raise WireError(f"an answer of {len(payload)} bytes", code="oversized")
+    except (WireError, SafetensorError, OSError) as error:
+        code = error.code if isinstance(error, WireError) else "format"
+        raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error
+    digest, salt = hashlib.sha256(payload).hexdigest(), secrets.token_hex(32)
+    may = policy.metrics and test_rows >= policy.minimum_count
+    checked = Report(
+        run=visit.run,
+        round=visit.round,
+        rows=report.rows,
+        train_rows=report.train_rows,
+        metrics=report.metrics if may and visit.evaluate else None,
+        baseline=report.baseline if may and visit.baseline else None,
+        epsilon=epsilon,
+        seconds=round(report.seconds, 1 if report.seconds > 1 else 3),
+        summand_sha256=digest,
+        salt=salt,
+    )
+    draft = outbox / f".{inbox.key_of(visit)}"
+    draft.mkdir(mode=0o700, exist_ok=True)
+    store.write_bytes(draft / "payload", wire.salted(salt)(payload))
+    inbox.commit(outbox, draft, visit, checked)
+    return checked, digest
+
+
+def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Path) -> int:
+    """Send an answer that lies in the outbox; every answer that leaves, leaves here."""
+    sent = fleet.answer(envelope, wire.record(report, payload), report.seconds)
+    _log(egress, run=report.run, round=report.round, bytes=sent, sha256=report.summand_sha256, epsilon=report.epsilon,
+         metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()))  # fmt: skip
+    return sent
+
+
+def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Path) -> None:
+    """Answer with a code word; never a text, which could carry data."""
+    word = "".join(c for c in code if c.isalnum() or c in "-_")[:40]
+    fleet.answer(envelope, word, 0.0)
+    _log(egress, refused=word)
+
+
+def _log(path: Path, **fields: object) -> None:
+    with path.open("a") as file:
+        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}) + "\n")

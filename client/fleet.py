@@ -1,0 +1,238 @@
+"""The one door to Flower's fleet connection: this daemon is a Flower node, and sends what it chooses to send.
+
+It never asks for a run's FAB, so no code can arrive. Every name imported from flwr here is internal to it;
+tests/client/test_fleet.py fails when a new flwr moves one.
+"""
+
+import ssl
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, cast
+
+import fedtailor.airgap  # noqa: F401  (before flwr)
+import httpx
+from flwr.app import Error, RecordDict
+from flwr.app.message.message import make_message, remove_content_from_message
+from flwr.app.metadata import Metadata
+from flwr.common.constant import SUPERLINK_NODE_ID
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.proto.fleet_pb2 import (
+    ActivateNodeRequest,
+    DeactivateNodeRequest,
+    PullMessagesRequest,
+    PushMessagesRequest,
+)
+from flwr.proto.heartbeat_pb2 import SendNodeHeartbeatRequest
+from flwr.proto.message_pb2 import ConfirmMessageReceivedRequest, PullObjectRequest, PushObjectRequest
+from flwr.proto.node_pb2 import Node
+from flwr.supercore.inflatable.inflatable_object import (
+    get_all_nested_objects,
+    get_object_tree,
+    no_object_id_recompute,
+)
+from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supernode.fleet_http_client import FleetHttpClient
+from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
+
+from fedtailor import pki
+from fedtailor.errors import ConfigError, ConnectionFailed, WireError
+
+HEARTBEAT_S = 10  # Flower's least; a site is taken for gone after twice that
+REFUSED = 100  # the code of every error we send; its reason is a code word
+
+
+class Envelope(NamedTuple):
+    """Where a message came from and where its answer goes."""
+
+    flower_run: int
+    message_id: str
+    created_at: float
+    ttl: float
+
+    @property
+    def expires(self) -> float:
+        """Seconds since the epoch after which nobody waits for an answer."""
+        return self.created_at + self.ttl
+
+
+class Closed(Exception):
+    """The coordinator no longer takes an answer to this message."""
+
+
+class Fleet:
+    """A connection to the coordinator as a Flower node, over mutual TLS."""
+
+    def __init__(self, server: str, keys: Path) -> None:
+        self.server = server
+        try:
+            context = ssl.create_default_context(cafile=str(keys / "ca.pem"))
+            context.minimum_version = ssl.TLSVersion.TLSv1_3
+            context.load_cert_chain(keys / "site.pem", keys / "site.key")
+        except (OSError, ssl.SSLError) as error:
+            raise ConfigError(f"the keys in {keys} cannot be used: {error}; they are ca.pem, site.pem, site.key") from error
+        private = pki.load_key(keys / "site.key")
+        self.public = public_key_to_bytes(private.public_key())
+        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, private.public_key())]
+        self.client = FleetHttpClient(f"https://{server}", interceptors=interceptors, verify=context, timeout=30.0)
+        self.node: Node | None = None
+
+    def join(self, last_node_id: int | None) -> int:
+        """Become online. A session that an earlier process of this site left open is ended first.
+
+        Raises:
+            ConnectionFailed: with what to check.
+        """
+        try:
+            if last_node_id is not None:
+                try:
+                    self.client.DeactivateNode(DeactivateNodeRequest(node_id=last_node_id))
+                except httpx.HTTPStatusError:
+                    pass  # it was offline already
+            request = ActivateNodeRequest(public_key=self.public, heartbeat_interval=HEARTBEAT_S)
+            self.node = Node(node_id=self.client.ActivateNode(request).node_id)
+        except httpx.HTTPError as error:
+            raise ConnectionFailed(explain(error, self.server)) from error
+        return int(self.node.node_id)
+
+    def leave(self) -> None:
+        """Become offline, as far as that can still be said."""
+        if self.node is not None:
+            try:
+                self.client.DeactivateNode(DeactivateNodeRequest(node_id=self.node.node_id))
+            except (httpx.HTTPError, RuntimeError):
+                pass
+            self.node = None
+
+    def beat(self) -> None:
+        """Tell the coordinator that this site is here."""
+        request = SendNodeHeartbeatRequest(node=self.node, heartbeat_interval=HEARTBEAT_S)
+        try:
+            if not self.client.SendNodeHeartbeat(request).success:
+                raise ConnectionFailed("the coordinator no longer knows this site's session; joining again")
+        except httpx.HTTPError as error:
+            raise ConnectionFailed(explain(error, self.server)) from error
+
+    def receive(self) -> tuple[Envelope, str] | None:
+        """The next message's envelope and root object, or None. The coordinator may hold the question for seconds."""
+        try:
+            answer = self.client.PullMessages(PullMessagesRequest(node=self.node))
+        except httpx.HTTPError as error:
+            raise ConnectionFailed(explain(error, self.server)) from error
+        if not answer.messages_list:
+            return None
+        meta = message_from_proto(answer.messages_list[0]).metadata
+        return Envelope(meta.run_id, meta.message_id, meta.created_at, meta.ttl), meta.message_id
+
+    def fetch(self, envelope: Envelope) -> Callable[[str], bytes]:
+        """How to read an object of a message."""
+
+        def read(object_id: str) -> bytes:
+            request = PullObjectRequest(node=self.node, run_id=envelope.flower_run, object_id=object_id)
+            for _ in range(600):
+                try:
+                    answer = self.client.PullObject(request)
+                except httpx.HTTPError as error:
+                    raise ConnectionFailed(explain(error, self.server)) from error
+                if answer.object_available:
+                    return cast(bytes, answer.object_content)
+                if not answer.object_found:
+                    break
+                time.sleep(0.1)
+            raise WireError("a part of the coordinator's message is missing", code="format")
+
+        return read
+
+    def confirm(self, envelope: Envelope) -> None:
+        """Tell the coordinator that the message is safe on this site's disk."""
+        request = ConfirmMessageReceivedRequest(
+            node=self.node, run_id=envelope.flower_run, message_object_id=envelope.message_id
+        )
+        try:
+            self.client.ConfirmMessageReceived(request)
+        except httpx.HTTPStatusError:
+            pass  # the run is over; the answer will be refused and forgotten
+        except httpx.HTTPError as error:
+            raise ConnectionFailed(explain(error, self.server)) from error
+
+    def answer(self, envelope: Envelope, content: RecordDict | str, seconds: float) -> int:
+        """Send a reply: content, or an error's code word. Only the airlock calls this. Returns the bytes sent.
+
+        Raises:
+            Closed: if the coordinator no longer takes it.
+            ConnectionFailed: if it cannot be reached; the reply may be sent again.
+        """
+        assert self.node is not None
+        ttl = max(envelope.expires - time.time(), 1.0)
+        meta = Metadata(envelope.flower_run, "", self.node.node_id, SUPERLINK_NODE_ID, envelope.message_id, "",
+                        time.time(), ttl, "train")  # fmt: skip
+        if isinstance(content, str):
+            message = make_message(meta, error=Error(REFUSED, content))
+        else:
+            message = make_message(meta, content)
+        sent = 0
+        try:
+            with no_object_id_recompute():
+                message.metadata.__dict__["_message_id"] = message.object_id
+                objects, tree = get_all_nested_objects(message), get_object_tree(message)
+                header = message_to_proto(remove_content_from_message(message))
+                pushed = self.client.PushMessages(
+                    PushMessagesRequest(
+                        node=self.node,
+                        messages_list=[header],
+                        message_object_trees=[tree],
+                        clientapp_runtime_list=[seconds],
+                    )
+                )
+                for object_id in pushed.objects_to_push:
+                    body = objects[object_id].deflate()
+                    sent += len(body)
+                    stored = self.client.PushObject(
+                        PushObjectRequest(
+                            node=self.node,
+                            run_id=envelope.flower_run,
+                            session_id=pushed.session_id,
+                            object_id=object_id,
+                            object_content=body,
+                        )
+                    )
+                    if not stored.stored:
+                        raise Closed
+        except httpx.HTTPStatusError as error:
+            if error.response.status_code in (502, 503, 504):
+                raise ConnectionFailed(explain(error, self.server)) from error
+            raise Closed from error
+        except httpx.HTTPError as error:
+            raise ConnectionFailed(explain(error, self.server)) from error
+        return sent
+
+
+def explain(error: httpx.HTTPError, server: str) -> str:
+    """Why a request failed, and what to check."""
+    if isinstance(error, httpx.HTTPStatusError):
+        status = error.response.status_code
+        if status == 401:
+            return f"{server} does not accept this site's signature: is the clock right, and is the site still admitted?"
+        if status == 412:
+            return f"{server} does not know this site's key, or still holds an earlier session (up to 20 s)"
+        return f"{server} answered HTTP {status}: is this a fedtailor coordinator?"
+    text = str(error)
+    if "CERTIFICATE_VERIFY_FAILED" in text:
+        return f"{server} shows a certificate that is not of this consortium (keys/ca.pem), or not for this name: {text}"
+    if "alert" in text.lower() and "certificate" in text.lower():
+        return f"{server} refuses this site's certificate: {text}"
+    if isinstance(error, httpx.ConnectError):
+        return f"{server} cannot be reached ({text}): is the name and port right, is the coordinator up, is there a proxy?"
+    return f"the connection to {server} failed: {type(error).__name__} {text}"
+
+
+def keep_beating(fleet: Fleet, lost: threading.Event, stop: threading.Event) -> None:
+    """Send heartbeats until ``stop``; set ``lost`` when the session is gone. Runs in a thread of its own."""
+    while not stop.wait(HEARTBEAT_S * 0.7):
+        try:
+            if fleet.node is not None:
+                fleet.beat()
+        except ConnectionFailed:
+            lost.set()

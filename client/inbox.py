@@ -1,0 +1,104 @@
+"""What arrived and what was answered, on the site's disk.
+
+A message is confirmed to the coordinator only when it lies whole in the inbox; an answer is sent only when it lies
+whole in the outbox. Both appear by one rename, so that a daemon killed at any point finds all of it or none.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fedtailor import store
+from fedtailor.client.fleet import Envelope
+from fedtailor.wire import Report, Visit
+
+
+class Entry(NamedTuple):
+    """A message in the inbox."""
+
+    folder: Path
+    envelope: Envelope
+
+    def head(self) -> str:
+        """The head's JSON as it came."""
+        return (self.folder / "head.json").read_text()
+
+    @property
+    def payload(self) -> Path:
+        """The cast, a safetensors file."""
+        return self.folder / "payload.safetensors"
+
+
+def key_of(visit: Visit) -> str:
+    """A name for one piece of work: the same visit, asked again by whatever message, has the same key."""
+    parts = [visit.run, visit.round, visit.train, visit.evaluate, visit.baseline, visit.plan, visit.cast_sha256]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:40]
+
+
+def place(inbox: Path, envelope: Envelope, head: str, payload: Path) -> None:
+    """Make a message durable: ``payload`` is moved in. A message that is there already is left alone."""
+    target = inbox / f"{int(envelope.created_at * 1000):015d}-{envelope.message_id[:40]}"
+    if target.exists():
+        payload.unlink(missing_ok=True)
+        return
+    draft = inbox / f".{target.name}"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(mode=0o700)
+    os.replace(payload, draft / "payload.safetensors")
+    store.write_text(draft / "head.json", head)
+    store.write_json(draft / "envelope.json", envelope._asdict())
+    store.commit_folder(draft, target)
+
+
+def waiting(inbox: Path) -> Iterator[Entry]:
+    """Messages not yet answered, oldest first; what a crash left half-written is cleared away."""
+    for folder in sorted(inbox.iterdir()):
+        if folder.name.startswith("."):
+            continue
+        try:
+            yield Entry(folder, Envelope(**json.loads((folder / "envelope.json").read_text())))
+        except (OSError, ValueError, TypeError):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear_drafts(folder: Path) -> None:
+    """Remove what an earlier process was writing when it ended."""
+    for draft in folder.glob(".*"):
+        shutil.rmtree(draft, ignore_errors=True) if draft.is_dir() else draft.unlink(missing_ok=True)
+
+
+def drop(entry: Entry) -> None:
+    """Forget a message that was answered."""
+    shutil.rmtree(entry.folder, ignore_errors=True)
+
+
+def commit(outbox: Path, draft: Path, visit: Visit, report: Report) -> Path:
+    """Make an answer durable; ``draft`` holds ``payload`` (salted). From here on it may leave."""
+    store.write_text(draft / "report.json", report.model_dump_json())
+    store.write_json(draft / "visit.json", {"run": visit.run, "round": visit.round})
+    target = outbox / key_of(visit)
+    store.commit_folder(draft, target)
+    return target
+
+
+def stored(outbox: Path, visit: Visit) -> tuple[Report, bytes] | None:
+    """The answer to a visit that was answered before."""
+    folder = outbox / key_of(visit)
+    if not folder.exists():
+        return None
+    return Report.model_validate_json((folder / "report.json").read_text()), (folder / "payload").read_bytes()
+
+
+def tidy(outbox: Path, visit: Visit) -> None:
+    """Forget answers of earlier rounds of the same run: the coordinator has moved on from them."""
+    for folder in outbox.iterdir():
+        try:
+            known: dict[str, Any] = json.loads((folder / "visit.json").read_text())
+        except (OSError, ValueError):
+            continue
+        if known["run"] == visit.run and known["round"] < visit.round - 1:
+            shutil.rmtree(folder, ignore_errors=True)

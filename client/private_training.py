@@ -1,0 +1,138 @@
+"""Record-level DP-SGD at a site: Poisson samples, Opacus' per-example clipping, noise that cannot be guessed."""
+
+import hashlib
+import warnings
+
+import torch
+from opacus.grad_sample import GradSampleModule
+from torch import Tensor
+
+from fedtailor import tree
+from fedtailor.client.private_gate import check_private
+from fedtailor.client.safe_optimizer import SafeDPOptimizer
+from fedtailor.errors import ConfigError, FedtailorError
+from fedtailor.privacy.csprng import Csprng
+from fedtailor.recipe import Part, Recipe
+from fedtailor.strategy import Local, Strategy
+from fedtailor.study import Plan
+from fedtailor.tree import Params, Tree
+
+__all__ = ["check_private", "inputs_digest", "private_train"]
+
+
+def inputs_digest(part: Part, plan: Plan, noise_multiplier: float, cast: Tree, memory: Tree) -> str:
+    """SHA-256 over everything that determines a round's output, but the key: name the ledger's visit by it.
+
+    Two rounds with equal digests and one key are one release. Unequal ones must be charged apart.
+    """
+    digest = hashlib.sha256(f"{plan.canonical()}\n{float(noise_multiplier)!r}\n".encode())
+    for name, x in tree.flatten({"cast": cast, "memory": memory, "part": {"x": part.x, "y": part.y}}).items():
+        digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def private_train(
+    recipe: Recipe,
+    part: Part,
+    plan: Plan,
+    noise_multiplier: float,
+    strategy: Strategy,
+    cast: Tree,
+    memory: Tree,
+    rng: Csprng,
+    *,
+    max_physical_batch: int = 256,
+) -> tuple[Tree, Tree]:
+    """One round of DP-SGD from ``cast["params"]``: the same as ``local_train(clipped(...))``, for real data.
+
+    Formal guarantee: the pair it returns is the post-processed output of ``plan.local.steps`` Gaussian mechanisms of
+    multiplier ``noise_multiplier``, each on a Poisson sample of rate ``plan.local.rate``; the cost is the
+    :class:`~fedtailor.privacy.accounting.Charge` of those three numbers. Neighbours: one record counts as zero. It
+    needs a recipe that :func:`check_private` accepts, and a key of ``rng`` that is secret.
+
+    The noise is bound to all inputs: the same key repeats a round bit for bit after a crash, but with other data,
+    another order of the rows or another model its noise is unrelated, so that two outputs cannot be subtracted.
+    Abadi et al. 2016, Algorithm 1, https://arxiv.org/abs/1607.00133.
+
+    Args:
+        noise_multiplier: 0 is for tests of sensitivity; no charge can be made for less than 0.4.
+        max_physical_batch: examples whose gradients are held in memory at once; it does not change the result.
+
+    Raises:
+        ConfigError: if the plan has no record-level privacy, or ``cast`` does not fit the recipe's model.
+        FedtailorError: code ``not_finite``, if the model's parameters overflow.
+    """
+    if plan.privacy is None:
+        raise ConfigError("plan.privacy: null; this site trains with record-level privacy only")
+    if len(part.y) == 0:
+        raise ConfigError("part: no examples to train on")
+    rng = rng.derive(f"round/{inputs_digest(part, plan, noise_multiplier, cast, memory)}")
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # inputs of a first layer need no gradient, which is what this warning is about
+        warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed", UserWarning)
+        torch.manual_seed(rng.seed("dropout"))  # a repeated round must repeat this too
+        module = _module(recipe, cast["params"])
+        optimizer = SafeDPOptimizer(
+            torch.optim.SGD(module.parameters(), lr=plan.local.lr),
+            noise_multiplier=noise_multiplier,
+            max_grad_norm=plan.privacy.clip,
+            rng=rng,
+        )
+        params = _params(module, cast["params"])
+        for _ in range(plan.local.steps):
+            mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
+            _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
+            grads = _release(module, params, plan.local.rate * len(part.y), optimizer)
+            grads = strategy.correct(grads, params, cast, memory)
+            params = tree.map(lambda p, g: p - plan.local.lr * g, params, grads)
+            _load(module, params)
+    count, steps = torch.tensor(float(len(part.y))), torch.tensor(float(plan.local.steps))
+    return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr))
+
+
+def _module(recipe: Recipe, params: Params) -> GradSampleModule:
+    module = recipe.model().train()
+    own = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    theirs = {name: tuple(p.shape) for name, p in params.items()}
+    if own != theirs:
+        wrong = sorted(set(own.items()) ^ set(theirs.items()))[0]
+        raise ConfigError(f"cast: parameter {wrong[0]!r} {wrong[1]} does not fit the model of recipe {recipe.name!r}")
+    for p in module.parameters():
+        p.requires_grad_(True)
+    wrapped = GradSampleModule(module, loss_reduction="sum")
+    _load(wrapped, params)
+    return wrapped
+
+
+def _load(module: GradSampleModule, params: Params) -> None:
+    with torch.no_grad():
+        for name, p in module._module.named_parameters():
+            p.copy_(params[name])
+
+
+def _params(module: GradSampleModule, order: Params) -> Params:
+    now = {name: p.detach().clone() for name, p in module._module.named_parameters()}
+    return {name: now[name] for name in order}
+
+
+def _sum_gradients(
+    recipe: Recipe, part: Part, mask: Tensor, module: GradSampleModule, optimizer: SafeDPOptimizer, most: int
+) -> None:
+    for rows in mask.nonzero()[:, 0].split(most):
+        if len(rows):
+            recipe.losses(module(part.x[rows]), part.y[rows]).sum().backward()
+            optimizer.accumulate()
+
+
+def _release(module: GradSampleModule, order: Params, expected: float, optimizer: SafeDPOptimizer) -> Params:
+    """The noisy mean gradient: the only thing that leaves the examples."""
+    optimizer.add_noise()
+    named = dict(module._module.named_parameters())
+    grads = {name: named[name].grad / expected for name in order}
+    if not all(bool(g.isfinite().all()) for g in grads.values()):
+        raise FedtailorError(
+            "training: the noisy gradient is not finite; the model or the clip is too large for float32",
+            code="not_finite",
+        )
+    return grads

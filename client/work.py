@@ -1,0 +1,81 @@
+"""What a site does in one visit: evaluate what was cast, train from it, report. Pure but for the data it is given."""
+
+import time
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from fedtailor import recipe as recipes
+from fedtailor import tree, wire
+from fedtailor.baseline import train_alone
+from fedtailor.batches import draw, pack
+from fedtailor.client.private_training import check_private, private_train
+from fedtailor.config import build
+from fedtailor.errors import RefusedError
+from fedtailor.privacy.csprng import Csprng
+from fedtailor.recipe import Dataset, Recipe
+from fedtailor.strategy import Strategy, model_in
+from fedtailor.study import Plan
+from fedtailor.training import local_train, plain
+from fedtailor.tree import Tree
+from fedtailor.wire import Report, Visit
+
+
+class Work(NamedTuple):
+    """A visit's outcome. Only ``summand`` and the report's fields may leave, and only through the airlock."""
+
+    report: Report
+    summand: Tree
+    memory: Tree
+
+
+@lru_cache(maxsize=4)
+def prepared(plan_text: str) -> tuple[Plan, Recipe, Strategy]:
+    """A plan and what it names, built once."""
+    plan = Plan.parse(plan_text)
+    return plan, build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+
+
+def perform(
+    visit: Visit, cast: Tree, data: Dataset, memory: Tree, *, site: str, key: bytes | None, minimum: int = 10
+) -> Work:
+    """Do what ``visit`` asks.
+
+    Args:
+        cast: what the server broadcast; compared with what the strategy says it casts.
+        key: 32 secret bytes for a private study's noise and samples; the same key gives the same work again.
+        minimum: metrics of fewer held-out rows than this are None.
+
+    Raises:
+        WireError: if the cast is not what the strategy casts.
+        RefusedError: if a private study comes without a key.
+    """
+    began = time.monotonic()
+    plan, recipe, strategy = prepared(visit.plan)
+    start = recipes.initial(recipe, plan.seed)
+    wire.check(tree.flatten(cast), wire.spec_of(strategy.broadcast(strategy.init(start))))
+    report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
+                    summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
+    update: dict[str, object] = {}
+    if visit.evaluate:
+        update["metrics"] = recipes.evaluate(recipe, model_in(cast), data.test, minimum)
+    if visit.baseline:
+        update["baseline"] = recipes.evaluate(recipe, train_alone(recipe, data.train, plan, site), data.test, minimum)
+    summand: Tree = {}
+    if visit.train:
+        memory = memory or strategy.remember(start)
+        if plan.privacy is None:
+            mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
+            batches = pack(data.train, mask, plan.local.rate)
+            train = local_train(plain(recipes.losses(recipe)), strategy, plan.local.lr)
+            count = torch.tensor(float(len(data.train.y)))
+            summand, memory = train(cast, memory, batches, torch.ones(plan.local.steps), count)
+        else:
+            if key is None or plan.privacy.noise_multiplier is None:
+                raise RefusedError("a private study needs a key from the ledger", code="ledger")
+            check_private(recipe, data.train)
+            noise = plan.privacy.noise_multiplier
+            summand, memory = private_train(recipe, data.train, plan, noise, strategy, cast, memory, Csprng(key))
+    update["seconds"] = time.monotonic() - began
+    return Work(report.model_copy(update=update), summand, memory)

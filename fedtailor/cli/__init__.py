@@ -1,0 +1,43 @@
+"""The ``fedtailor`` command. Exit codes: 0 done, 1 failed, 2 wrong usage, 3 refused by policy or budget."""
+
+import json
+import sys
+
+import typer
+from rich.console import Console
+
+from fedtailor.cli import client, demo, server, simulate
+from fedtailor.errors import ConfigError, FedtailorError, RefusedError
+
+app = typer.Typer(
+    help="Tailor a model together, with data that stay where they lie.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(server.app, name="server")
+app.add_typer(client.app, name="client")
+app.command("simulate")(simulate.simulate)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run a command; an error that a person can mend ends in one sentence, never in a traceback."""
+    try:
+        app(standalone_mode=True)
+    except FedtailorError as error:
+        if "--json" in sys.argv:
+            print(json.dumps({"error": error.code, "text": str(error)}))
+        Console(stderr=True).print(f"[bold red]{type(error).__name__}[/] ({error.code}):", style="", end=" ")
+        Console(stderr=True, soft_wrap=True).print(str(error), markup=False, highlight=False)
+        raise SystemExit(code_of(error)) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def code_of(error: FedtailorError) -> int:
+    """The exit code of an error."""
+    if isinstance(error, RefusedError):
+        return 3
+    return 2 if isinstance(error, ConfigError) else 1
+

@@ -1,0 +1,201 @@
+"""``fedtailor demo``: a coordinator and four hospitals as real processes on loopback, by the very same commands."""
+
+import ctypes
+import json as jsonlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from fedtailor.cli.options import Json, show
+from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError
+
+MARKER = ".fedtailor-demo"
+Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides of the study: privacy=none rounds=5 …")]
+Out = Annotated[Path, typer.Option(help="Where the demo's folders and the result go; an earlier demo there is replaced.")]
+
+
+class Processes:
+    """Child processes that end with this one, whatever happens."""
+
+    def __init__(self, logs: Path) -> None:
+        self.logs = logs
+        self.running: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def start(self, name: str, *arguments: str) -> None:
+        """Start ``fedtailor …`` in the background, with its log in ``logs``."""
+        environment = os.environ | {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
+        with (self.logs / f"{name}.log").open("wb") as log:
+            self.running[name] = subprocess.Popen(
+                [sys.executable, "-m", "fedtailor", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment,
+                start_new_session=True,  # Ctrl-C reaches this process only, which then ends them in order
+                preexec_fn=_die_with_parent,
+            )
+
+    def check(self) -> None:
+        """Raise if one of them ended by itself."""
+        for name, process in self.running.items():
+            if process.poll() is not None:
+                path = self.logs / f"{name}.log"
+                last = (path.read_text(errors="replace").strip().splitlines() or ["(no output)"])[-1]
+                raise FedtailorError(f"{name} ended with code {process.returncode}: {last}; its log is {path}")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for process in self.running.values():
+            if process.poll() is None:
+                process.terminate()
+        end = time.monotonic() + 10
+        for process in self.running.values():
+            try:
+                process.wait(timeout=max(end - time.monotonic(), 0.1))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
+def demo(overrides: Overrides = None, out: Out = Path("outputs/demo"), json: Json = False) -> None:
+    """Four hospitals tailor a heart-disease model under differential privacy, over a real deployment."""
+    from fedtailor.config import load
+    from fedtailor.report import console_table
+    from fedtailor.result import Result
+
+    began = time.monotonic()
+    console = Console(stderr=True)
+    plan = load(["study=heart", *(overrides or [])]).plan
+    folder = _fresh(out)
+    port = free_port()
+    with console.status("making keys and data"):
+        kits = _server(folder, port, plan.sites)
+        _sites(folder, kits, plan.sites, plan)
+    with Processes(folder / "logs") as processes:
+        with console.status("starting one coordinator and four hospitals"):
+            processes.start("server", "server", "up", "--home", str(folder / "server"))
+            for site in plan.sites:
+                processes.start(site, "client", "up", "--home", str(folder / "sites" / site))
+            _wait_until_connected(folder / "server", plan.sites, processes)
+        console.print(f"{len(plan.sites)} hospitals connected over mutual TLS after {time.monotonic() - began:.1f} s")
+        run = _follow(folder / "server", ["study=heart", *(overrides or [])], plan.rounds, processes, console)
+    produced = folder / "server" / "studies" / run
+    for path in sorted(produced.iterdir()):
+        if path.is_file() and path.name not in ("checkpoint.safetensors", "status.json", "plan.json"):
+            shutil.copyfile(path, folder / path.name)
+    result = Result.model_validate_json((folder / "result.json").read_text())
+    if not show(jsonlib.loads(result.model_dump_json(by_alias=True)), json):
+        Console().print(console_table(result))
+        Console().print(f"model: {folder / 'model.safetensors'}\ncard:  {folder / 'model_card.md'}\nplot:  {folder / 'rounds.png'}")
+        Console().print(f"all of it took {time.monotonic() - began:.1f} s; everything that was started has been stopped")
+    if result.status != "completed":
+        raise typer.Exit(1)
+
+
+def _fresh(out: Path) -> Path:
+    """An empty demo folder. Only a folder that an earlier demo made is ever deleted."""
+    folder = out.resolve()
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / MARKER).exists():
+            raise ConfigError(f"--out {folder} holds something else than an earlier demo; choose another folder")
+        shutil.rmtree(folder)
+    (folder / "logs").mkdir(parents=True)
+    (folder / MARKER).touch()
+    return folder
+
+
+def free_port() -> int:
+    """A port on loopback that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _server(folder: Path, port: int, sites: Sequence[str]) -> dict[str, Path]:
+    from fedtailor.server.home import Home, ServerConfig
+
+    home = Home(folder / "server")
+    home.init(ServerConfig(name="demo", host="127.0.0.1", port=port, hosts=("127.0.0.1", "localhost")))
+    return {site: home.admit(site) for site in sites}
+
+
+def _sites(folder: Path, kits: dict[str, Path], sites: Sequence[str], plan: Any) -> None:
+    import yaml
+
+    from fedtailor.client.setup import set_up
+    from fedtailor.datasets import heart_disease, write_csv
+
+    sources = heart_disease()
+    epsilon = plan.privacy.epsilon if plan.privacy else 1.0
+    delta = plan.privacy.delta if plan.privacy else 1e-4
+    for site in sites:
+        if site not in sources:
+            raise ConfigError(f"sites: the demo has data for {', '.join(sources)}, not for {site!r}")
+        home, data = folder / "sites" / site, folder / "data" / f"{site}.csv"
+        data.parent.mkdir(exist_ok=True)
+        write_csv(sources[site].table(), data)
+        set_up(home, kits[site], data=data, studies=[plan.study], epsilon=epsilon, delta=delta)
+        if plan.privacy is None:  # the site says so itself, in its own policy
+            raw = yaml.safe_load((home / "site.yaml").read_text())
+            raw["policy"]["without_privacy"] = True
+            (home / "site.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def _wait_until_connected(home: Path, sites: Sequence[str], processes: Processes, timeout: float = 120.0) -> None:
+    from fedtailor.cli.server import ask
+
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        processes.check()
+        try:
+            status = ask(home, "Status")
+            if all(status["sites"].get(site) for site in sites):
+                return
+        except ConnectionFailed:
+            pass  # it is still starting
+        time.sleep(0.2)
+    raise ConnectionFailed(f"not all hospitals connected within {timeout:.0f} s; the logs are in {processes.logs}")
+
+
+def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes, console: Console) -> str:
+    """Submit the study and show its progress until it ends; the run's name."""
+    import yaml
+
+    from fedtailor import control
+    from fedtailor.cli.server import ask
+    from fedtailor.config import load
+    from fedtailor.privacy.planning import resolve
+
+    plan = resolve(load(overrides).plan)
+    config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
+    run = str(ask(home, "Submit", {"plan": plan.canonical(), "config": config})["run"])
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("round {task.completed}/{task.total}"), TimeElapsedColumn()
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("tailoring", total=rounds)
+        for event in control.watch(control.socket_of(home), "Server", "Watch", {"run": run}):
+            processes.check()
+            if event["kind"] == "round":
+                progress.update(task, completed=event["round"])
+            elif event["kind"] == "reply" and event["code"]:
+                progress.console.print(f"{event['site']}: no reply that counts in round {event['round']} ({event['code']})")
+            elif event["kind"] == "finished" and event["status"] == "failed":
+                raise FedtailorError(f"{run} failed: {event.get('detail')}")
+    return run

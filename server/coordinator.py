@@ -1,0 +1,178 @@
+"""The coordinator: one process that listens to sites, runs studies one after another, and obeys its operator."""
+
+import json
+import logging
+import queue
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cryptography import x509
+from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+
+from fedtailor import control
+from fedtailor.config import build
+from fedtailor.errors import ConfigError, ConnectionFailed
+from fedtailor.recipe import Recipe
+from fedtailor.server.home import Home
+from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
+from fedtailor.server.studies import DONE, Run, Setting, execute
+from fedtailor.server.superlink import SuperLink
+from fedtailor.strategy import Strategy
+from fedtailor.study import Plan
+
+log = logging.getLogger("fedtailor.server")
+
+
+class Coordinator:
+    """A running coordinator. ``up`` returns when it is told to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        self.home = Home(folder)
+        self.config = self.home.config()
+        self.halt = threading.Event()
+        self.queue: queue.Queue[str] = queue.Queue()
+        self.current: tuple[str, threading.Event] | None = None  # the run that is executing, and its stop
+
+    def up(self) -> None:
+        """Serve until SIGTERM or SIGINT; studies that are under way resume at the next start.
+
+        Raises:
+            ConnectionFailed: if the port or the home is taken.
+        """
+        with control.only_one(self.home.folder):
+            self._check_port()
+            self.bell = Bell()
+            self.superlink = SuperLink(self.home.folder / "flower.db")
+            self.superlink.close_stale_runs()
+            for name, pem in self.home.admitted().items():
+                self._register(name, pem)
+            for status in sorted((run.status() for run in self._runs()), key=lambda s: s.run):
+                if status.status not in DONE:
+                    self.queue.put(status.run)
+            app = public(self.superlink.app, self.bell)
+            self.server = serve(app, self.config.host, self.config.port, self.home.tls)
+            self.transport = described(self.server, bool(self.superlink.app.state.enable_supernode_auth))
+            scheduler = threading.Thread(target=self._schedule, name="scheduler")
+            scheduler.start()
+            socket_path = control.socket_of(self.home.folder)
+            methods = {"Submit": self._submit, "Runs": self._list, "Stop": self._stop, "Status": self._status,
+                       "Resume": self._resume}  # fmt: skip
+            local = control.serve(socket_path, "Server", methods, {"Watch": self._watch})
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: None)  # uvicorn takes them over, and hands them back when it ends
+            try:
+                self.server.run()
+            finally:
+                self.halt.set()
+                self.queue.put("")
+                self.bell.heard.set()
+                local.stop(grace=1)
+                scheduler.join(timeout=30)
+                socket_path.unlink(missing_ok=True)
+
+    def _check_port(self) -> None:
+        family = socket.AF_INET6 if ":" in self.config.host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((self.config.host, self.config.port))
+            except OSError as error:
+                where = f"{self.config.host}:{self.config.port}"
+                way = f"free it, or change host or port in {self.home.folder / 'server.yaml'}"
+                raise ConnectionFailed(f"cannot listen on {where}: {error.strerror}; {way}") from error
+
+    def _register(self, name: str, pem: str) -> None:
+        key: Any = x509.load_pem_x509_certificate(pem.encode()).public_key()
+        self.superlink.register(name, public_key_to_bytes(key))
+
+    def _runs(self) -> list[Run]:
+        return [Run(folder) for folder in self.home.studies.iterdir() if (folder / "plan.json").exists()]
+
+    def _run(self, name: str) -> Run:
+        run = Run(self.home.studies / name)
+        if not name or "/" in name or not (run.folder / "plan.json").exists():
+            known = ", ".join(sorted(r.name for r in self._runs())) or "none yet"
+            raise ConfigError(f"run {name!r}: there is no such run; there are: {known}")
+        return run
+
+    # --- what the operator may ask ---
+
+    def _submit(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Queue a plan; it is refused here if it names a site, recipe or strategy that does not exist."""
+        plan = Plan.parse(request["plan"])
+        unknown = [site for site in plan.sites if site not in self.home.admitted()]
+        if unknown:
+            raise ConfigError(f"sites: {unknown} have not been admitted; make their kits with: fedtailor server init --site")
+        build(plan.recipe, Recipe)
+        build(plan.strategy, Strategy)
+        run = Run.create(self.home.studies, plan, request.get("config", ""))
+        self.queue.put(run.name)
+        return {"run": run.name, "folder": str(run.folder)}
+
+    def _list(self, _: dict[str, Any]) -> dict[str, Any]:
+        return {"runs": [status._asdict() for status in sorted(run.status() for run in self._runs())]}
+
+    def _status(self, _: dict[str, Any]) -> dict[str, Any]:
+        nodes = {name: node.online for name, node in self.superlink.nodes().items()}
+        address = f"{self.config.host}:{self.config.port}"
+        return {"address": address, "sites": nodes, "transport": self.transport, "ready": self.server.started}
+
+    def _stop(self, request: dict[str, Any]) -> dict[str, Any]:
+        run = self._run(request["run"])
+        status = run.status()
+        if status.status in DONE:
+            raise ConfigError(f"run {run.name!r} has ended already: {status.status}")
+        if self.current and self.current[0] == run.name:
+            self.current[1].set()
+            self.bell.heard.set()
+        else:
+            run.write_status("stopped", status.round, "stopped before it began")
+        return {"run": run.name}
+
+    def _resume(self, request: dict[str, Any]) -> dict[str, Any]:
+        run = self._run(request["run"])
+        status = run.status()
+        if status.status in ("completed", "queued", "running"):
+            raise ConfigError(f"run {run.name!r} is {status.status}; only a failed or stopped run can be resumed")
+        run.write_status("queued", status.round)
+        self.queue.put(run.name)
+        return {"run": run.name}
+
+    def _watch(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """Every event of a run from its beginning, until it ends."""
+        run = self._run(request["run"])
+        path, position = run.folder / "events.jsonl", 0
+        while not self.halt.is_set():
+            ended = run.status().status in DONE  # read before the file: nothing is written after it
+            if path.exists():
+                with path.open("rb") as file:
+                    file.seek(position)
+                    for line in file:
+                        if line.endswith(b"\n"):
+                            position += len(line)
+                            yield json.loads(line)
+            if ended:
+                return
+            time.sleep(0.1)
+
+    # --- studies, one after another ---
+
+    def _schedule(self) -> None:
+        wait_until_started(self.server)
+        while not self.halt.is_set():
+            name = self.queue.get()
+            if not name or self.halt.is_set():
+                return
+            run = Run(self.home.studies / name)
+            if run.status().status in DONE:
+                continue
+            stop = threading.Event()
+            self.current = (name, stop)
+            setting = Setting(self.superlink, self.bell, self.transport, stop, self.halt, lambda event: log.info("%s", event))
+            execute(run, setting)
+            self.current = None

@@ -1,0 +1,149 @@
+"""The public listener: mutual TLS, the eight fleet routes a site needs, health, and nothing else."""
+
+import asyncio
+import ssl
+import threading
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# Not here: register-node and unregister-node (a site is enrolled by people), get-run and get-fab (no code travels).
+FLEET = frozenset(
+    f"/v1/fleet/{name}"
+    for name in (
+        "activate-node deactivate-node send-node-heartbeat pull-messages push-messages "
+        "push-object pull-object confirm-message-received"
+    ).split()
+)
+PULL = "/v1/fleet/pull-messages"
+LIMIT = 8 * 1024 * 1024  # bytes of one request: Flower cuts arrays into chunks of 5 MiB
+
+
+class Bell:
+    """Wakes waiting polls when the round loop has sent something, and the round loop when a site has."""
+
+    def __init__(self) -> None:
+        self.sent = 0  # counts what the round loop pushed
+        self.heard = threading.Event()  # a site has pushed something
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self._changed: asyncio.Event | None = None
+
+    def ring(self) -> None:
+        """Something was pushed to sites; safe from any thread."""
+        self.sent += 1
+        if self.loop is not None and self._changed is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._changed.set)
+
+    async def wait(self, seen: int, timeout: float) -> None:
+        """Return when ``sent`` is no longer ``seen``, or after ``timeout`` seconds."""
+        self.loop = self.loop or asyncio.get_running_loop()
+        self._changed = self._changed or asyncio.Event()
+        if self.sent == seen:
+            self._changed.clear()
+            try:
+                await asyncio.wait_for(self._changed.wait(), timeout)
+            except TimeoutError:
+                pass
+
+
+def public(app: App, bell: Bell, patience: float = 4.0) -> App:
+    """Wrap Flower's app: only the fleet routes and health answer, bodies are bounded, polls wait for the bell.
+
+    A poll that finds nothing is held until a message is there or ``patience`` seconds have passed, so that a site
+    hears of a round at once and asks only a few times a minute between rounds.
+    """
+    empty: dict[bytes, int] = {}  # a site's key -> what had been sent when its poll last found nothing
+
+    async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        path, method = scope["path"], scope["method"]
+        if path == "/health" and method in ("GET", "HEAD"):
+            await app(scope, receive, send)
+            return
+        if path not in FLEET or method != "POST":
+            await _answer(send, 404)
+            return
+        headers = dict(scope["headers"])
+        length = headers.get(b"content-length", b"")
+        if not length.isdigit() or int(length) > LIMIT:  # a chunked body of unknown length is refused as well
+            await _answer(send, 413)
+            return
+        if path != PULL:
+            await app(scope, receive, send)
+            if path.startswith("/v1/fleet/push"):
+                bell.heard.set()
+            return
+        key = headers.get(b"flwr-public-key", b"")
+        if empty.get(key) == bell.sent:
+            await bell.wait(bell.sent, patience)
+        before, size = bell.sent, 0
+
+        async def measured(message: MutableMapping[str, Any]) -> None:
+            nonlocal size
+            size += len(message.get("body", b""))
+            await send(message)
+
+        await app(scope, receive, measured)
+        if len(empty) > 10_000:
+            empty.clear()  # the key is not authenticated here: it must not fill the memory
+        empty[key] = before if size < 64 else -1  # a poll that brought a message is followed by one that does not wait
+
+    return guarded
+
+
+async def _answer(send: Send, status: int) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
+    await send({"type": "http.response.body", "body": b""})
+
+
+def serve(app: App, host: str, port: int, tls: Path) -> uvicorn.Server:
+    """An HTTPS server that gives a peer without a certificate of our CA no connection at all.
+
+    Args:
+        tls: folder with ``server.pem``, ``server.key`` and ``ca.pem``.
+    """
+    config = uvicorn.Config(
+        app,
+        host=host,
+        port=port,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ssl_keyfile=str(tls / "server.key"),
+        ssl_certfile=str(tls / "server.pem"),
+        ssl_ca_certs=str(tls / "ca.pem"),
+        ssl_cert_reqs=ssl.CERT_REQUIRED,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=2,
+    )
+    config.load()
+    assert config.ssl is not None
+    config.ssl.minimum_version = ssl.TLSVersion.TLSv1_3
+    return uvicorn.Server(config)
+
+
+def described(server: uvicorn.Server, node_auth: bool) -> dict[str, bool]:
+    """What protects the connection, read off the objects that serve it."""
+    context = server.config.ssl
+    mutual = context is not None and context.verify_mode == ssl.CERT_REQUIRED
+    return {"tls": context is not None, "mutual_tls": mutual, "node_auth": node_auth}
+
+
+def wait_until_started(server: uvicorn.Server, timeout: float = 30.0) -> bool:
+    """Whether the server accepts connections within ``timeout`` seconds."""
+    end = time.monotonic() + timeout
+    while not server.started and time.monotonic() < end:
+        time.sleep(0.02)
+    return bool(server.started)
