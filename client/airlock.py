@@ -41,7 +41,9 @@ def admit(
         if (report.run, report.round) != (visit.run, visit.round):
             raise WireError("an answer to another visit", code="round")
         path = out / "summand.safetensors"
-        spec = wire.summand_spec(plan, build(plan.strategy, Strategy), recipes.initial(build(plan.recipe, Recipe), plan.seed))
+        spec = wire.summand_spec(
+            plan, build(plan.strategy, Strategy), recipes.initial(build(plan.recipe, Recipe), plan.seed)
+        )
         with safe_open(path, framework="pt") as file:
             if file.metadata():
                 raise WireError("tensors that carry text", code="metadata")

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 
-import fedtailor.airgap  # noqa: F401  (before flwr)
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load, save

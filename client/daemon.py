@@ -7,6 +7,7 @@ import signal
 import tempfile
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,7 @@ from fedtailor.config import readable
 from fedtailor.errors import ConnectionFailed, FedtailorError, RefusedError, WireError
 from fedtailor.privacy.accounting import Cap, epsilon
 from fedtailor.study import Plan
-from fedtailor.wire import Report, Visit
-
+from fedtailor.wire import Visit
 
 log = logging.getLogger("fedtailor.client")
 TRIES = 3  # how often work is begun again when the training process dies
@@ -39,7 +39,13 @@ class Daemon:
         self.home.make()
         self.stop, self.lost, self.arrived = threading.Event(), threading.Event(), threading.Event()
         self.egress = self.home.state / "egress.jsonl"
-        self.state: dict[str, Any] = {"connected": False, "study": None, "round": None, "bytes_sent": 0, "last_error": None}
+        self.state: dict[str, Any] = {
+            "connected": False,
+            "study": None,
+            "round": None,
+            "bytes_sent": 0,
+            "last_error": None,
+        }
 
     def up(self) -> None:
         """Serve until SIGTERM or SIGINT; what is under way is taken up again at the next start."""
@@ -50,14 +56,20 @@ class Daemon:
             self.ledger = Ledger(self.home.state / "ledger.db")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
             socket = control.socket_of(self.home.folder)
-            methods = {"Status": self._status, "Ledger": self._ledger, "Egress": self._egress}
+            methods: dict[str, control.Method] = {
+                "Status": self._status,
+                "Ledger": self._ledger,
+                "Egress": self._egress,
+            }
             local = control.serve(socket, "Site", methods, {})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop.set())
             threads = [
                 threading.Thread(target=self._receive, name="receive", daemon=True),
                 threading.Thread(target=self._work, name="work", daemon=True),
-                threading.Thread(target=keep_beating, args=(self.fleet, self.lost, self.stop), name="beat", daemon=True),
+                threading.Thread(
+                    target=keep_beating, args=(self.fleet, self.lost, self.stop), name="beat", daemon=True
+                ),
             ]
             try:
                 with self.workshop.lock:
@@ -227,11 +239,18 @@ class Daemon:
         if charge is None or plan.privacy is None or not visit.train:
             return None
         cap = Cap(self.config.policy.epsilon, plan.privacy.delta)
-        asked = {"account": self.config.data.name, "fingerprint": fingerprint, "study": visit.run,
-                 "visit": inbox.key_of(visit), "charge": charge, "cap": cap}  # fmt: skip
-        reservation = self.ledger.reserve(**asked)
+        reserve = partial(
+            self.ledger.reserve,
+            account=self.config.data.name,
+            fingerprint=fingerprint,
+            study=visit.run,
+            visit=inbox.key_of(visit),
+            charge=charge,
+            cap=cap,
+        )
+        reservation = reserve()
         if reservation.key is None:  # it was settled, but its answer is gone from the outbox: this is a new release
-            reservation = self.ledger.reserve(**asked, again=True)
+            reservation = reserve(again=True)
         return reservation
 
     def _memory(self, visit: Visit) -> Path | None:

@@ -9,9 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
-import fedtailor.airgap  # noqa: F401  (before flwr)
 import httpx
 from flwr.app import Error, RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
@@ -34,6 +33,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 )
 from flwr.supercore.interceptors.http.runtime_version import RuntimeVersionHttpInterceptor
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
+from flwr.supercore.protobuf.client import ProtobufClientInterceptor
 from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
@@ -72,10 +72,15 @@ class Fleet:
             context.minimum_version = ssl.TLSVersion.TLSv1_3
             context.load_cert_chain(keys / "site.pem", keys / "site.key")
         except (OSError, ssl.SSLError) as error:
-            raise ConfigError(f"the keys in {keys} cannot be used: {error}; they are ca.pem, site.pem, site.key") from error
+            raise ConfigError(
+                f"the keys in {keys} cannot be used: {error}; they are ca.pem, site.pem, site.key"
+            ) from error
         private = pki.load_key(keys / "site.key")
         self.public = public_key_to_bytes(private.public_key())
-        interceptors = [RuntimeVersionHttpInterceptor(component_name="SuperNode"), NodeAuthHttpInterceptor(private, private.public_key())]
+        interceptors: list[ProtobufClientInterceptor] = [
+            RuntimeVersionHttpInterceptor(component_name="SuperNode"),
+            NodeAuthHttpInterceptor(private, private.public_key()),
+        ]
         self.client = FleetHttpClient(f"https://{server}", interceptors=interceptors, verify=context, timeout=30.0)
         self.node: Node | None = None
 
@@ -137,7 +142,7 @@ class Fleet:
                 except httpx.HTTPError as error:
                     raise ConnectionFailed(explain(error, self.server)) from error
                 if answer.object_available:
-                    return cast(bytes, answer.object_content)
+                    return answer.object_content
                 if not answer.object_found:
                     break
                 time.sleep(0.1)
@@ -214,17 +219,23 @@ def explain(error: httpx.HTTPError, server: str) -> str:
     if isinstance(error, httpx.HTTPStatusError):
         status = error.response.status_code
         if status == 401:
-            return f"{server} does not accept this site's signature: is the clock right, and is the site still admitted?"
+            return (
+                f"{server} does not accept this site's signature: is the clock right, and is the site still admitted?"
+            )
         if status == 412:
             return f"{server} does not know this site's key, or still holds an earlier session (up to 20 s)"
         return f"{server} answered HTTP {status}: is this a fedtailor coordinator?"
     text = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in text:
-        return f"{server} shows a certificate that is not of this consortium (keys/ca.pem), or not for this name: {text}"
+        return (
+            f"{server} shows a certificate that is not of this consortium (keys/ca.pem), or not for this name: {text}"
+        )
     if "alert" in text.lower() and "certificate" in text.lower():
         return f"{server} refuses this site's certificate: {text}"
     if isinstance(error, httpx.ConnectError):
-        return f"{server} cannot be reached ({text}): is the name and port right, is the coordinator up, is there a proxy?"
+        return (
+            f"{server} cannot be reached ({text}): is the name and port right, is the coordinator up, is there a proxy?"
+        )
     return f"the connection to {server} failed: {type(error).__name__} {text}"
 
 

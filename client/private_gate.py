@@ -1,15 +1,16 @@
 """Is every example's gradient its own? Clipping bounds nothing where examples mix."""
 
 import torch
-from opacus.grad_sample import GradSampleModule
-from opacus.validators import ModuleValidator
+from opacus.grad_sample import GradSampleModule  # type: ignore[import-untyped]
+from opacus.validators import ModuleValidator  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from fedtailor.client.safe_optimizer import quiet_hooks
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part, Recipe
 
-_BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 _TOLERANCE = 1e-3  # relative; a model that mixes examples misses it by orders of magnitude
 
 
@@ -23,7 +24,7 @@ def check_private(recipe: Recipe, part: Part) -> None:
     Raises:
         ConfigError: code ``mixes_examples``, or ``not_private`` where Opacus cannot handle a layer.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), quiet_hooks():
         torch.manual_seed(0)
         module, alone = recipe.model(), recipe.model()
         alone.load_state_dict(module.state_dict())
@@ -41,7 +42,7 @@ def check_private(recipe: Recipe, part: Part) -> None:
 
 def _layers(recipe: Recipe, module: nn.Module) -> None:
     for name, layer in module.named_modules():
-        if isinstance(layer, _BATCH_NORMS):
+        if isinstance(layer, _BatchNorm):
             raise ConfigError(
                 f"recipe {recipe.name!r}: layer {name!r} ({type(layer).__name__}) normalises each example by the "
                 "others of its batch; use GroupNorm or LayerNorm",

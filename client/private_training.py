@@ -1,15 +1,14 @@
 """Record-level DP-SGD at a site: Poisson samples, Opacus' per-example clipping, noise that cannot be guessed."""
 
 import hashlib
-import warnings
 
 import torch
-from opacus.grad_sample import GradSampleModule
+from opacus.grad_sample import GradSampleModule  # type: ignore[import-untyped]
 from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.client.private_gate import check_private
-from fedtailor.client.safe_optimizer import SafeDPOptimizer
+from fedtailor.client.safe_optimizer import SafeDPOptimizer, quiet_hooks
 from fedtailor.errors import ConfigError, FedtailorError
 from fedtailor.privacy.csprng import Csprng
 from fedtailor.recipe import Part, Recipe
@@ -28,7 +27,7 @@ def inputs_digest(part: Part, plan: Plan, noise_multiplier: float, cast: Tree, m
     digest = hashlib.sha256(f"{plan.canonical()}\n{float(noise_multiplier)!r}\n".encode())
     for name, x in tree.flatten({"cast": cast, "memory": memory, "part": {"x": part.x, "y": part.y}}).items():
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
-        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(x.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -68,9 +67,7 @@ def private_train(
     if len(part.y) == 0:
         raise ConfigError("part: no examples to train on")
     rng = rng.derive(f"round/{inputs_digest(part, plan, noise_multiplier, cast, memory)}")
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # inputs of a first layer need no gradient, which is what this warning is about
-        warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed", UserWarning)
+    with torch.random.fork_rng(devices=[]), quiet_hooks():
         torch.manual_seed(rng.seed("dropout"))  # a repeated round must repeat this too
         module = _module(recipe, cast["params"])
         optimizer = SafeDPOptimizer(
@@ -96,7 +93,7 @@ def _module(recipe: Recipe, params: Params) -> GradSampleModule:
     own = {name: tuple(p.shape) for name, p in module.named_parameters()}
     theirs = {name: tuple(p.shape) for name, p in params.items()}
     if own != theirs:
-        wrong = sorted(set(own.items()) ^ set(theirs.items()))[0]
+        wrong = min(set(own.items()) ^ set(theirs.items()))
         raise ConfigError(f"cast: parameter {wrong[0]!r} {wrong[1]} does not fit the model of recipe {recipe.name!r}")
     for p in module.parameters():
         p.requires_grad_(True)
@@ -119,9 +116,9 @@ def _params(module: GradSampleModule, order: Params) -> Params:
 def _sum_gradients(
     recipe: Recipe, part: Part, mask: Tensor, module: GradSampleModule, optimizer: SafeDPOptimizer, most: int
 ) -> None:
-    for rows in mask.nonzero()[:, 0].split(most):
+    for rows in mask.nonzero()[:, 0].split(most):  # type: ignore[no-untyped-call]
         if len(rows):
-            recipe.losses(module(part.x[rows]), part.y[rows]).sum().backward()
+            recipe.losses(module(part.x[rows]), part.y[rows]).sum().backward()  # type: ignore[no-untyped-call]
             optimizer.accumulate()
 
 

@@ -1,13 +1,25 @@
 """Opacus' optimizer, made safe for data that are not finite and for noise that must not be guessed."""
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
-from opacus.optimizers import DPOptimizer  # type: ignore[attr-defined]
+from opacus.optimizers import DPOptimizer  # type: ignore[import-untyped]
 from torch.optim import Optimizer
 
 from fedtailor.privacy.csprng import Csprng
 
 
-class SafeDPOptimizer(DPOptimizer):
+@contextmanager
+def quiet_hooks() -> Iterator[None]:
+    """Without torch's remark that the examples themselves need no gradient, which is as it should be."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Full backward hook is firing when gradients are computed", UserWarning)
+        yield
+
+
+class SafeDPOptimizer(DPOptimizer):  # type: ignore[misc]
     """Per-example clipping by Opacus, with two of its gaps closed.
 
     Formal guarantee: replacing one example by nothing changes the sum of clipped gradients by at most

@@ -12,13 +12,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import fedtailor.airgap  # noqa: F401  (before flwr)
 import torch
 from flwr.app import Context, RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 
-from fedtailor import store, tree, wire
+from fedtailor import store, wire
 from fedtailor.client.app import client_app
 from fedtailor.client.work import Work, perform
 from fedtailor.config import build

@@ -11,7 +11,18 @@ from typing import IO, Any
 from fedtailor.client.site import SiteConfig
 from fedtailor.errors import FedtailorError
 
-SAFE = ("PATH", "LANG", "LC_ALL", "TZ", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "OMP_NUM_THREADS", "HOME", "TMPDIR")
+SAFE = (
+    "PATH",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "LD_LIBRARY_PATH",
+    "PYTHONPATH",
+    "VIRTUAL_ENV",
+    "OMP_NUM_THREADS",
+    "HOME",
+    "TMPDIR",
+)
 
 
 class WorkerDied(FedtailorError):

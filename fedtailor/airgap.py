@@ -1,4 +1,5 @@
-"""Switch off everything in Flower that would talk to the outside. Import this before flwr; nothing else does it.
+"""Switch off everything in Flower that would talk to the outside. The package imports it
+before anything else, and so before flwr.
 
 Flower 1.41 sends telemetry and asks for updates by default, and reads both switches when it is first imported.
 """

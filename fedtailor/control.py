@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,7 +53,7 @@ def only_one(home: Path) -> Iterator[None]:
         yield
 
 
-def serve(socket: Path, service: str, methods: dict[str, Method], streams: dict[str, Stream]) -> grpc.Server:
+def serve(socket: Path, service: str, methods: Mapping[str, Method], streams: Mapping[str, Stream]) -> grpc.Server:
     """Listen on ``socket`` (mode 0600) until the returned server is stopped."""
     socket.unlink(missing_ok=True)  # the caller holds the home's lock: what is there is stale
     handlers = {
@@ -94,7 +94,9 @@ def call(socket: Path, service: str, method: str, request: Json | None = None, t
 def watch(socket: Path, service: str, method: str, request: Json | None = None) -> Iterator[Json]:
     """Follow a daemon's stream of documents."""
     with _channel(socket) as channel:
-        ask = channel.unary_stream(f"/{PREFIX}{service}/{method}", StringValue.SerializeToString, StringValue.FromString)
+        ask = channel.unary_stream(
+            f"/{PREFIX}{service}/{method}", StringValue.SerializeToString, StringValue.FromString
+        )
         try:
             for answer in ask(StringValue(value=json.dumps(request or {}))):
                 yield _read(answer)

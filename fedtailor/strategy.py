@@ -72,4 +72,5 @@ class Strategy(NamedTuple):
 
 def model_in(cast: Tree) -> Tree:
     """The parameters to evaluate in what a server broadcast."""
-    return cast.get("model", cast["params"])
+    found: Tree = cast["model"] if "model" in cast else cast["params"]
+    return found

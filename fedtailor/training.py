@@ -23,7 +23,8 @@ def plain(losses: Losses) -> Gradient:
     """The gradient of the batch's loss, without any privacy."""
 
     def loss(params: Tree, batch: Tree) -> Tensor:
-        return (losses(params, batch["x"], batch["y"]) * batch["live"]).sum() * batch["scale"]
+        total: Tensor = (losses(params, batch["x"], batch["y"]) * batch["live"]).sum() * batch["scale"]
+        return total
 
     return torch.func.grad(loss)
 

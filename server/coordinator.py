@@ -70,7 +70,7 @@ class Coordinator:
             finally:
                 self.halt.set()
                 self.queue.put("")
-                self.bell.heard.set()
+                self.bell.hear(False)
                 local.stop(grace=1)
                 scheduler.join(timeout=30)
                 socket_path.unlink(missing_ok=True)
@@ -107,7 +107,9 @@ class Coordinator:
         plan = Plan.parse(request["plan"])
         unknown = [site for site in plan.sites if site not in self.home.admitted()]
         if unknown:
-            raise ConfigError(f"sites: {unknown} have not been admitted; make their kits with: fedtailor server init --site")
+            raise ConfigError(
+                f"sites: {unknown} have not been admitted; make their kits with: fedtailor server init --site"
+            )
         build(plan.recipe, Recipe)
         build(plan.strategy, Strategy)
         run = Run.create(self.home.studies, plan, request.get("config", ""))
@@ -129,7 +131,7 @@ class Coordinator:
             raise ConfigError(f"run {run.name!r} has ended already: {status.status}")
         if self.current and self.current[0] == run.name:
             self.current[1].set()
-            self.bell.heard.set()
+            self.bell.hear(False)
         else:
             run.write_status("stopped", status.round, "stopped before it began")
         return {"run": run.name}
@@ -173,6 +175,8 @@ class Coordinator:
                 continue
             stop = threading.Event()
             self.current = (name, stop)
-            setting = Setting(self.superlink, self.bell, self.transport, stop, self.halt, lambda event: log.info("%s", event))
+            setting = Setting(
+                self.superlink, self.bell, self.transport, stop, self.halt, lambda event: log.info("%s", event)
+            )
             execute(run, setting)
             self.current = None

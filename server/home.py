@@ -77,5 +77,7 @@ class Home:
             try:
                 found[path.stem] = str(json.loads(path.read_text())["certificate"])
             except (OSError, ValueError, KeyError) as error:
-                raise ConfigError(f"{path} cannot be read ({error}); restore it or delete it to forget the site") from error
+                raise ConfigError(
+                    f"{path} cannot be read ({error}); restore it or delete it to forget the site"
+                ) from error
         return found

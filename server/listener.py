@@ -18,12 +18,10 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Not here: register-node and unregister-node (a site is enrolled by people), get-run and get-fab (no code travels).
 FLEET = frozenset(
     f"/v1/fleet/{name}"
-    for name in (
-        "activate-node deactivate-node send-node-heartbeat pull-messages push-messages "
-        "push-object pull-object confirm-message-received"
-    ).split()
+    for name in ["activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object", "pull-object", "confirm-message-received"]
 )
 PULL = "/v1/fleet/pull-messages"
+PUSH = ("/v1/fleet/push-messages", "/v1/fleet/push-object")
 LIMIT = 8 * 1024 * 1024  # bytes of one request: Flower cuts arrays into chunks of 5 MiB
 
 
@@ -32,7 +30,8 @@ class Bell:
 
     def __init__(self) -> None:
         self.sent = 0  # counts what the round loop pushed
-        self.heard = threading.Event()  # a site has pushed something
+        self._heard = threading.Event()  # a site has pushed something
+        self._answered = False  # and it was the head of an answer
         self.loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
 
@@ -41,6 +40,21 @@ class Bell:
         self.sent += 1
         if self.loop is not None and self._changed is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._changed.set)
+
+    def hear(self, answer: bool) -> None:
+        """A site has pushed an object, or the head of an answer."""
+        self._answered = self._answered or answer
+        self._heard.set()
+
+    def listen(self, timeout: float) -> None:
+        """Wait until something was heard."""
+        self._heard.wait(timeout)
+        self._heard.clear()
+
+    def take_answered(self) -> bool:
+        """Whether the head of an answer came since the last call."""
+        was, self._answered = self._answered, False
+        return was
 
     async def wait(self, seen: int, timeout: float) -> None:
         """Return when ``sent`` is no longer ``seen``, or after ``timeout`` seconds."""
@@ -82,8 +96,8 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
             return
         if path != PULL:
             await app(scope, receive, send)
-            if path.startswith("/v1/fleet/push"):
-                bell.heard.set()
+            if path in PUSH:
+                bell.hear(path == PUSH[0])
             return
         key = headers.get(b"flwr-public-key", b"")
         if empty.get(key) == bell.sent:

@@ -12,6 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedtailor.events import Events
+from fedtailor.report import write_run
+from fedtailor.result import Result, SiteResult, Timing, Transport, model_file, privacy_result, versions, weighted
 from pydantic import ValidationError
 from safetensors.torch import save
 
@@ -19,10 +22,7 @@ from fedtailor import recipe as recipes
 from fedtailor import store, tree, wire
 from fedtailor.config import build
 from fedtailor.errors import ConfigError, FedtailorError, StoreError
-from fedtailor.events import Events
 from fedtailor.recipe import Metrics, Recipe
-from fedtailor.report import write_run
-from fedtailor.result import ModelFile, PrivacyResult, Result, SiteResult, Timing, Transport, weighted
 from fedtailor.server.listener import Bell
 from fedtailor.server.rounds import Answer, Closed, answers, close_round
 from fedtailor.server.superlink import SuperLink
@@ -233,7 +233,7 @@ class _Tour:
             limit=wire.size_limit(self.spec),
             spool=self.spool,
             tick=self._tick,
-            heard=setting.bell.heard,
+            bell=setting.bell,
             stop=_Either(setting.halt, setting.stop if train else setting.halt),
         )
         closed = close_round(self.strategy, visit, self.spec, stream, lambda answer: self._note(answer, round))
@@ -242,7 +242,13 @@ class _Tour:
     def _note(self, answer: Answer, round: int) -> None:
         seconds = answer.report.seconds if answer.report else None
         self.events.emit(
-            "reply", run=self.run.name, round=round, site=answer.site, code=answer.code, bytes=answer.size, seconds=seconds
+            "reply",
+            run=self.run.name,
+            round=round,
+            site=answer.site,
+            code=answer.code,
+            bytes=answer.size,
+            seconds=seconds,
         )
 
     def _tick(self) -> None:
@@ -298,5 +304,40 @@ def _noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: 
 def result_of(
     plan: Plan, progress: Progress, params: Tree, *, status: str, setup_s: float, transport: dict[str, bool]
 ) -> Result:
-    """The result of a run, from its record."""
-    raise AssertionError("filled in below")
+    """The result of a run, from its record. A site that never replied is in ``dropped`` only."""
+    final: dict[str, Metrics] = progress.history[-1]["sites"] if progress.history else {}
+    known = {name: site for name, site in progress.sites.items() if "rows" in site}
+    rows = {name: int(site["train_rows"]) for name, site in known.items()}
+    alone = {name: site["baseline"] for name, site in known.items() if "baseline" in site}
+    sites = {
+        name: SiteResult(
+            rows=site["rows"],
+            metrics={"local_only": alone.get(name, {}), "federated": final.get(name, {})},
+            epsilon=site["epsilon"],
+            bytes_sent=site["bytes_sent"],
+            bytes_received=site["bytes_received"],
+        )
+        for name, site in known.items()
+    }
+    spent = [site["epsilon"] for site in known.values() if site["epsilon"] is not None]
+    return Result(
+        study=plan.study,
+        strategy=plan.strategy.target.rpartition(".")[2],
+        rounds=progress.round,
+        sites=sites,
+        metrics={"local_only": weighted(alone, rows), "federated": weighted(final, rows)},
+        privacy=None if plan.privacy is None else privacy_result(plan.privacy, max(spent, default=0.0)),
+        timing=Timing(
+            wall_s=progress.wall_s, setup_s=setup_s, round_s=list(progress.round_s), work_s=list(progress.work_s)
+        ),
+        transport=Transport(**transport),
+        engine="flower",
+        seed=plan.seed,
+        model=model_file(params),
+        versions=versions(),
+        status=status,
+        dropped=list(progress.dropped),
+        history=[
+            {"round": h["round"], "sites": h["sites"], "metrics": weighted(h["sites"], rows)} for h in progress.history
+        ],
+    )

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import fedtailor.airgap  # noqa: F401  (before flwr)
 from flwr.app import RecordDict
 from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
@@ -125,7 +124,9 @@ class SuperLink:
 
         Every message is registered before the first object is stored: a push session ends when nothing is pending.
         """
-        session, sent, todo = self.state.start_session(run), {}, {}
+        session = self.state.start_session(run)
+        sent: dict[int, str] = {}
+        todo: dict[str, Any] = {}
         with no_object_id_recompute():
             for node in nodes:
                 meta = Metadata(run, "", SUPERLINK_NODE_ID, node, "", "", time.time(), ttl, "train")
@@ -151,8 +152,8 @@ class SuperLink:
             found.append(Reply(message.metadata.message_id, message.metadata.reply_to_message_id, error, lost))
         return found
 
-    def arrived(self, run: int, message_id: str, most_objects: int) -> bool | None:
-        """Whether all objects of a reply are here; None when they never will be.
+    def objects(self, message_id: str, most: int) -> list[str] | None:
+        """The ids of a reply's objects, here or on their way; None when the reply is gone.
 
         Raises:
             WireError: when the reply has more objects than any agreed reply can have.
@@ -161,15 +162,22 @@ class SuperLink:
             ids = [node.object_id for node in iterate_object_tree(self.state.object_store.get_object_tree(message_id))]
         except NoObjectInStoreError:
             return None
-        if len(ids) > most_objects:
-            raise WireError(f"a reply of {len(ids)} objects; at most {most_objects}", code="oversized")
-        contents = (self.state.get_object(run, object_id) for object_id in ids)
-        for content in contents:
+        if len(ids) > most:
+            raise WireError(f"a reply of {len(ids)} objects; at most {most}", code="oversized")
+        return ids
+
+    def missing(self, run: int, ids: list[str]) -> list[str] | None:
+        """Which of ``ids`` are still on their way, or None when one never will be here.
+
+        It stops at the first that is missing: asking the database is what a round spends its time on.
+        """
+        for i, object_id in enumerate(ids):
+            content = self.state.get_object(run, object_id)
             if content is None:
                 return None
             if content == b"":
-                return False
-        return True
+                return ids[i:]
+        return []
 
     def fetch(self, run: int) -> Callable[[str], bytes]:
         """How to read an object of a run."""
@@ -187,5 +195,3 @@ class SuperLink:
         self.state.delete_messages(message_ins_ids=set(asked))
         for message_id in [*answers, *asked]:
             self.state.object_store.delete(message_id)
-
-

@@ -40,4 +40,3 @@ def code_of(error: FedtailorError) -> int:
     if isinstance(error, RefusedError):
         return 3
     return 2 if isinstance(error, ConfigError) else 1
-

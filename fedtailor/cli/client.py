@@ -33,7 +33,9 @@ def join(
 
     config = set_up(home, kit, data=data, studies=study, epsilon=epsilon, delta=delta)
     if not show(config.model_dump(mode="json"), json):
-        Console().print(f"{config.site} is set up in {home.resolve()}; read site.yaml, then: fedtailor client up --home {home}")
+        Console().print(
+            f"{config.site} is set up in {home.resolve()}; read site.yaml, then: fedtailor client up --home {home}"
+        )
 
 
 @app.command()
@@ -55,7 +57,10 @@ def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
             ["coordinator", f"{answer['server']} ({'connected' if answer['connected'] else 'away'})"],
             ["study", answer["study"]],
             ["round", f"{answer['round']} of {answer.get('rounds')}" if answer["study"] else None],
-            ["epsilon spent", f"{budget['spent']:.3f} of {budget['cap']} (per {budget['unit']}, delta {budget['delta']})"],
+            [
+                "epsilon spent",
+                f"{budget['spent']:.3f} of {budget['cap']} (per {budget['unit']}, delta {budget['delta']})",
+            ],
             ["epsilon left", budget["left"]],
             ["bytes sent", answer["bytes_sent"]],
             ["last problem", answer["last_error"]],

@@ -23,7 +23,9 @@ from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError
 
 MARKER = ".fedtailor-demo"
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides of the study: privacy=none rounds=5 …")]
-Out = Annotated[Path, typer.Option(help="Where the demo's folders and the result go; an earlier demo there is replaced.")]
+Out = Annotated[
+    Path, typer.Option(help="Where the demo's folders and the result go; an earlier demo there is replaced.")
+]
 
 
 class Processes:
@@ -58,7 +60,9 @@ class Processes:
                 last = (path.read_text(errors="replace").strip().splitlines() or ["(no output)"])[-1]
                 raise FedtailorError(f"{name} ended with code {process.returncode}: {last}; its log is {path}")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for process in self.running.values():
             if process.poll() is None:
                 process.terminate()
@@ -104,8 +108,12 @@ def demo(overrides: Overrides = None, out: Out = Path("outputs/demo"), json: Jso
     result = Result.model_validate_json((folder / "result.json").read_text())
     if not show(jsonlib.loads(result.model_dump_json(by_alias=True)), json):
         Console().print(console_table(result))
-        Console().print(f"model: {folder / 'model.safetensors'}\ncard:  {folder / 'model_card.md'}\nplot:  {folder / 'rounds.png'}")
-        Console().print(f"all of it took {time.monotonic() - began:.1f} s; everything that was started has been stopped")
+        Console().print(
+            f"model: {folder / 'model.safetensors'}\ncard:  {folder / 'model_card.md'}\nplot:  {folder / 'rounds.png'}"
+        )
+        Console().print(
+            f"all of it took {time.monotonic() - began:.1f} s; everything that was started has been stopped"
+        )
     if result.status != "completed":
         raise typer.Exit(1)
 
@@ -187,7 +195,12 @@ def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes,
     plan = resolve(load(overrides).plan)
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
     run = str(ask(home, "Submit", {"plan": plan.canonical(), "config": config})["run"])
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("round {task.completed}/{task.total}"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("round {task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("tailoring", total=rounds)
         for event in control.watch(control.socket_of(home), "Server", "Watch", {"run": run}):
@@ -195,7 +208,9 @@ def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes,
             if event["kind"] == "round":
                 progress.update(task, completed=event["round"])
             elif event["kind"] == "reply" and event["code"]:
-                progress.console.print(f"{event['site']}: no reply that counts in round {event['round']} ({event['code']})")
+                progress.console.print(
+                    f"{event['site']}: no reply that counts in round {event['round']} ({event['code']})"
+                )
             elif event["kind"] == "finished" and event["status"] == "failed":
                 raise FedtailorError(f"{run} failed: {event.get('detail')}")
     return run

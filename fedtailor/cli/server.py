@@ -9,7 +9,9 @@ from rich.console import Console
 from fedtailor.cli.options import SERVER_HOME, Json, ServerHome, log_to_stderr, show, table
 
 app = typer.Typer(help="Run the coordinator, and studies on it.", no_args_is_help=True)
-Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: study=heart rounds=50 strategy=fedprox …")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Hydra overrides: study=heart rounds=50 strategy=fedprox …")
+]
 
 
 def ask(home: Path, method: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -80,7 +82,9 @@ def submit(
         config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
         answer = ask(home, "Submit", {"plan": plan.canonical(), "config": config})
     if not show(answer, json):
-        Console().print(f"queued: {answer['run']}; follow it with: fedtailor server watch {answer['run']} --home {home}")
+        Console().print(
+            f"queued: {answer['run']}; follow it with: fedtailor server watch {answer['run']} --home {home}"
+        )
 
 
 @app.command()

@@ -25,7 +25,12 @@ def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -
     plan, simulation = load(overrides or [])
     plan = resolve(plan)
     sources: dict[str, Any] = build(simulation.data, dict)
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"), TimeElapsedColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(f"simulating {plan.study}", total=plan.rounds)
 

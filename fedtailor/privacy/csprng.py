@@ -73,12 +73,12 @@ class Csprng:
         if stream not in self._streams:  # the key is used for this one stream, so the first counter may be zero
             cipher = Cipher(algorithms.AES(expand(self._key, stream)), modes.CTR(bytes(16)))
             self._streams[stream] = cipher.encryptor()
-        out = np.empty(8 * count + 16, np.uint8)  # update_into asks for a spare block
+        out = bytearray(8 * count + 16)  # update_into asks for a spare block
         view = memoryview(out)
         for start in range(0, 8 * count, len(_ZEROS)):
             size = min(len(_ZEROS), 8 * count - start)
             self._streams[stream].update_into(memoryview(_ZEROS)[:size], view[start : start + size + 16])
-        return out[: 8 * count].view("<u8")
+        return np.frombuffer(out, "<u8", count)
 
     def seed(self, purpose: str) -> int:
         """A 63-bit seed for a generator on which no guarantee rests, such as dropout's."""

@@ -1,0 +1,26 @@
+"""What a site would have had without the others: the same steps on its own data only, without any privacy."""
+
+import torch
+
+from fedtailor import recipe as recipes
+from fedtailor.batches import draw, pack
+from fedtailor.recipe import Part, Recipe
+from fedtailor.study import Plan
+from fedtailor.training import plain
+from fedtailor.tree import Params, map
+
+
+def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
+    """Train from the study's own start for ``rounds * steps`` plain steps on one site's rows.
+
+    The result says what taking part is worth to this site. It is not private and never leaves it; only its metrics do.
+    """
+    gradient, params = plain(recipes.losses(recipe)), recipes.initial(recipe, plan.seed)
+    for round in range(plan.rounds):
+        mask = draw(plan.local, len(part.y), plan.seed, round, site)
+        batches = pack(part, mask, plan.local.rate)
+        for step in range(plan.local.steps):
+            batch = {name: leaf[step] for name, leaf in batches.items()}
+            params = map(lambda p, g: p - plan.local.lr * g, params, gradient(params, batch))
+    with torch.no_grad():
+        return map(torch.clone, params)
