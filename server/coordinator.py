@@ -47,7 +47,7 @@ class Coordinator:
         with control.only_one(self.home.folder):
             self._check_port()
             self.bell = Bell()
-            self.superlink = SuperLink(self.home.folder / "flower.db")
+            self.superlink = SuperLink(self.home.folder / "flower.db", self.home.folder / "transit")
             self.superlink.close_stale_runs()
             for name, pem in self.home.admitted().items():
                 self._register(name, pem)
@@ -150,7 +150,7 @@ class Coordinator:
         run = self._run(request["run"])
         path, position = run.folder / "events.jsonl", 0
         while not self.halt.is_set():
-            ended = run.status().status in DONE  # read before the file: nothing is written after it
+            ended = run.ended()  # read before the file: nothing is written after it
             if path.exists():
                 with path.open("rb") as file:
                     file.seek(position)
@@ -160,7 +160,7 @@ class Coordinator:
                             yield json.loads(line)
             if ended:
                 return
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     # --- studies, one after another ---
 

@@ -96,6 +96,13 @@ class Run:
             raw = {"status": "failed", "round": 0, "detail": "status.json cannot be read"}
         return Status(self.name, plan.study, raw["status"], raw["round"], plan.rounds, raw.get("detail", ""))
 
+    def ended(self) -> bool:
+        """Whether the run is over, for better or worse."""
+        try:
+            return json.loads((self.folder / "status.json").read_text())["status"] in DONE
+        except (OSError, ValueError, KeyError):
+            return False
+
     def write_status(self, status: str, round: int, detail: str = "") -> None:
         """Record the state of the run, atomically."""
         store.write_json(self.folder / "status.json", {"status": status, "round": round, "detail": detail})

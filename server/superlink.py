@@ -26,6 +26,7 @@ from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
 from fedtailor.errors import WireError
+from fedtailor.server.spill import SpillStore
 
 LOST = (ErrorCode.NODE_UNAVAILABLE, ErrorCode.MESSAGE_UNAVAILABLE, ErrorCode.REPLY_MESSAGE_UNAVAILABLE)
 
@@ -50,7 +51,7 @@ class Reply(NamedTuple):
 class SuperLink:
     """Flower's SuperLink as a library: ``app`` to serve, and the LinkState to drive."""
 
-    def __init__(self, database: Path) -> None:
+    def __init__(self, database: Path, spool: Path) -> None:
         config = SuperLinkLifespanConfig(
             control_address="",
             health_server_address=None,
@@ -77,6 +78,11 @@ class SuperLink:
         )
         self.app = create_app(config, SuperLinkLifespan)
         self.state = self.app.state.linkstate_factory.state()
+        self.store = self.state._object_store = SpillStore(spool)
+        # Both run in every request of every site, and together take half of a small round's time: looking for expired
+        # tasks, of which we have one, and counting traffic, which we count ourselves.
+        self.state._cleanup_expired_task_tokens = seldom(self.state._cleanup_expired_task_tokens, 1.0)
+        self.state.store_traffic = lambda *args, **kwargs: None
 
     def register(self, name: str, public_key: bytes) -> int:
         """Admit a site's key; the node id it has or gets."""
@@ -159,25 +165,16 @@ class SuperLink:
             WireError: when the reply has more objects than any agreed reply can have.
         """
         try:
-            ids = [node.object_id for node in iterate_object_tree(self.state.object_store.get_object_tree(message_id))]
+            ids = [node.object_id for node in iterate_object_tree(self.store.get_object_tree(message_id))]
         except NoObjectInStoreError:
             return None
         if len(ids) > most:
             raise WireError(f"a reply of {len(ids)} objects; at most {most}", code="oversized")
         return ids
 
-    def missing(self, run: int, ids: list[str]) -> list[str] | None:
-        """Which of ``ids`` are still on their way, or None when one never will be here.
-
-        It stops at the first that is missing: asking the database is what a round spends its time on.
-        """
-        for i, object_id in enumerate(ids):
-            content = self.state.get_object(run, object_id)
-            if content is None:
-                return None
-            if content == b"":
-                return ids[i:]
-        return []
+    def missing(self, ids: list[str]) -> list[str] | None:
+        """Which of ``ids`` are still on their way, or None when one never will be here."""
+        return self.store.missing(ids)
 
     def fetch(self, run: int) -> Callable[[str], bytes]:
         """How to read an object of a run."""
@@ -194,4 +191,17 @@ class SuperLink:
         """Delete messages, their replies and the replies' objects."""
         self.state.delete_messages(message_ins_ids=set(asked))
         for message_id in [*answers, *asked]:
-            self.state.object_store.delete(message_id)
+            self.store.delete(message_id)
+
+
+def seldom(fn: Callable[[], None], seconds: float) -> Callable[[], None]:
+    """``fn``, but not again before ``seconds`` have passed."""
+    last = -seconds
+
+    def call() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            fn()
+
+    return call

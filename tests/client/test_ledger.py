@@ -104,7 +104,9 @@ def test_the_same_visit_on_other_data_or_at_another_price_is_a_new_charge(ledger
 def test_it_refuses_before_work_and_says_what_is_left(ledger):
     for i in range(10):
         ledger.reserve(visit=f"v{i}", **WORK)
-    with pytest.raises(RefusedError, match=r"spent epsilon 2\.998 of 3 .* bring it to 3\.1\d+; 0 such rounds") as refusal:
+    with pytest.raises(
+        RefusedError, match=r"spent epsilon 2\.998 of 3 .* bring it to 3\.1\d+; 0 such rounds"
+    ) as refusal:
         ledger.reserve(visit="v10", **WORK)
     assert refusal.value.code == "budget" and len(ledger.statement()) == 10
     small = Charge(4.0, 0.001, 1)
