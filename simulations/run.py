@@ -1,0 +1,142 @@
+"""A whole study without a network: the same plan, recipe, draws, strategy and accounting as the deployment."""
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtailor import recipe as recipes
+from fedtailor import seeds, tree
+from fedtailor.baseline import train_alone
+from fedtailor.batches import draw, pack
+from fedtailor.config import build
+from fedtailor.errors import ConfigError, ContractError
+from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.privacy.planning import resolve
+from fedtailor.recipe import Dataset, Metrics, Recipe
+from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.simulations.engine import simulate_round
+from fedtailor.sources import DataSource
+from fedtailor.strategy import Strategy, model_in
+from fedtailor.study import Plan
+from fedtailor.training import clipped, local_train, plain
+from fedtailor.tree import Params, Tree
+
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+def simulate(
+    plan: Plan, sources: Mapping[str, DataSource], *, block: int = 64, on_event: OnEvent = lambda event: None
+) -> tuple[Result, Params]:
+    """Run ``plan`` with one client a site.
+
+    Without privacy the parameters equal the deployment's to floating-point tolerance. With privacy the accounting is
+    the deployment's, but noise and samples come from seeded generators: for studying accuracy, not for release.
+
+    Raises:
+        ConfigError: if a site of the plan has no source.
+        ContractError: if its data do not satisfy the contract.
+    """
+    began = time.monotonic()
+    plan = resolve(plan)
+    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    data = prepared(plan, recipe, sources)
+    start = recipes.initial(recipe, plan.seed)
+    losses = recipes.losses(recipe)
+    gradient = plain(losses) if plan.privacy is None else clipped(losses, plan.privacy.clip)
+    train = local_train(gradient, strategy, plan.local.lr)
+    state = strategy.init(start)
+    memory = tree.stack([strategy.remember(start) for _ in plan.sites])
+    counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
+    live = torch.ones(len(plan.sites), plan.local.steps)
+    history: list[dict[str, Any]] = []
+    setup_s, round_s = time.monotonic() - began, []
+    for round in range(plan.rounds):
+        clock = time.monotonic()
+        if round % plan.evaluation.every == 0:
+            history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
+        batches = batches_of(plan, data, round, start)
+        state, memory = simulate_round(strategy, train, state, memory, batches, live, counts, round, block=block)
+        round_s.append(time.monotonic() - clock)
+        on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
+    history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
+    alone: dict[str, Metrics] = {}
+    if plan.evaluation.baseline:
+        for site in plan.sites:
+            params = train_alone(recipe, data[site].train, plan, site)
+            alone[site] = recipes.evaluate(recipe, params, data[site].test)
+    rows = {site: len(data[site].train.y) for site in plan.sites}
+    params = model_in(strategy.broadcast(state))
+    spent = _epsilon(plan)
+    result = Result(
+        study=plan.study,
+        strategy=plan.strategy.target.rpartition(".")[2],
+        rounds=plan.rounds,
+        sites={
+            site: SiteResult(
+                rows=data[site].rows,
+                metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"][site]},
+                epsilon=spent,
+                bytes_sent=0,
+                bytes_received=0,
+            )
+            for site in plan.sites
+        },
+        metrics={"local_only": weighted(alone, rows), "federated": weighted(history[-1]["sites"], rows)},
+        privacy=None if plan.privacy is None or spent is None else privacy_result(plan.privacy, spent),
+        timing=Timing(wall_s=time.monotonic() - began, setup_s=setup_s, round_s=round_s),
+        transport=None,
+        engine="simulation",
+        seed=plan.seed,
+        model=model_file(params),
+        versions=versions(),
+        history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
+    )
+    return result, params
+
+
+def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> dict[str, Dataset]:
+    """Every site's data, prepared; an error names the site."""
+    found = {}
+    for site in plan.sites:
+        if site not in sources:
+            raise ConfigError(f"sites: there is no data for {site!r}; there is for {', '.join(sorted(sources))}")
+        try:
+            found[site] = recipe.prepare(sources[site].table())
+        except ContractError as error:
+            raise ContractError(f"{site}: {error}") from error
+    return found
+
+
+def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Params) -> Tree:
+    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest."""
+    masks = {site: draw(plan.local, len(data[site].train.y), plan.seed, round, site) for site in plan.sites}
+    width = max(1, max(int(mask.sum(1).max()) for mask in masks.values()))
+    packed = [pack(data[site].train, masks[site], plan.local.rate, width) for site in plan.sites]
+    if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
+        std = plan.privacy.noise_multiplier * plan.privacy.clip
+        for site, batch in zip(plan.sites, packed, strict=True):
+            steps = [_noise(start, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
+            batch["noise"] = tree.stack(steps)
+    return tree.stack(packed)
+
+
+def _noise(like: Params, std: float, seed: int, round: int, site: str, step: int) -> dict[str, Tensor]:
+    """Seeded noise, for simulations only."""
+    rng = seeds.generator(seed, "noise", round, site, step)
+    return {name: std * torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in like.items()}
+
+
+def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
+    """The current model's metrics at every site."""
+    params = model_in(strategy.broadcast(state))
+    return {site: recipes.evaluate(recipe, params, one.test) for site, one in data.items()}
+
+
+def _epsilon(plan: Plan) -> float | None:
+    if plan.privacy is None or plan.privacy.noise_multiplier is None:
+        return None
+    charge = Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
+    return epsilon([charge] * plan.rounds, plan.privacy.delta)
