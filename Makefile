@@ -1,0 +1,33 @@
+# Two commands matter: `make demo` and `make test`. Each sets up everything it needs in .venv.
+PYTHON ?= python3
+STAMP := .venv/.installed
+WHEEL := .venv/.wheel
+
+.PHONY: venv demo test test-slow check bench clean
+venv: $(STAMP)
+
+# torch first and by itself: the pinned release, before anything else can ask for another build of it.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	touch $@
+
+demo: $(STAMP)
+	.venv/bin/fedtailor demo
+
+# The tests run against the built wheel, from a folder where the checkout cannot be imported.
+test: $(STAMP)
+	scripts/test -m "not slow"
+
+test-slow: $(STAMP)
+	scripts/test -m slow
+
+check: $(STAMP)
+	scripts/check
+
+bench: $(STAMP)
+	.venv/bin/python -m benchmarks.deployment
+
+clean:
+	rm -rf .venv build dist outputs *.egg-info
