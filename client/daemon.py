@@ -74,6 +74,9 @@ class Daemon:
             try:
                 with self.workshop.lock:
                     self.workshop.start()
+                import fedtailor.recipes  # here, not in the first round: the airlock builds recipes as well
+                import fedtailor.strategies  # noqa: F401
+
                 for thread in threads:
                     thread.start()
                 self.stop.wait()

@@ -54,6 +54,11 @@ class Worker:
             self.data[name] = (stamp, built.prepare(self.source.table()))
         return self.data[name][1]
 
+    def warm(self) -> None:
+        """Import what every visit needs, before the first one comes."""
+        import fedtailor.recipes
+        import fedtailor.strategies  # noqa: F401
+
     def describe(self, request: dict[str, Any]) -> dict[str, Any]:
         """What the ledger needs to know of the data."""
         data = self.dataset(request["recipe"])
@@ -103,6 +108,7 @@ def main() -> None:
         try:
             if request["op"] == "start":
                 worker = Worker(request)
+                worker.warm()
                 answer: dict[str, Any] = {}
             else:
                 assert worker is not None

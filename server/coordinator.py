@@ -56,6 +56,7 @@ class Coordinator:
                     self.queue.put(status.run)
             app = public(self.superlink.app, self.bell)
             self.server = serve(app, self.config.host, self.config.port, self.home.tls)
+            self.bell.ending = lambda: self.server.should_exit
             self.transport = described(self.server, bool(self.superlink.app.state.enable_supernode_auth))
             scheduler = threading.Thread(target=self._schedule, name="scheduler")
             scheduler.start()

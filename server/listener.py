@@ -32,6 +32,7 @@ class Bell:
         self.sent = 0  # counts what the round loop pushed
         self._heard = threading.Event()  # a site has pushed something
         self._answered = False  # and it was the head of an answer
+        self.ending: Callable[[], bool] = lambda: False  # whether the server is going down: nobody waits then
         self.loop: asyncio.AbstractEventLoop | None = None
         self._changed: asyncio.Event | None = None
 
@@ -60,10 +61,11 @@ class Bell:
         """Return when ``sent`` is no longer ``seen``, or after ``timeout`` seconds."""
         self.loop = self.loop or asyncio.get_running_loop()
         self._changed = self._changed or asyncio.Event()
-        if self.sent == seen:
+        end = self.loop.time() + timeout
+        while self.sent == seen and not self.ending() and (left := end - self.loop.time()) > 0:
             self._changed.clear()
             try:
-                await asyncio.wait_for(self._changed.wait(), timeout)
+                await asyncio.wait_for(self._changed.wait(), min(left, 0.5))
             except TimeoutError:
                 pass
 

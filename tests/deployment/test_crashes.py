@@ -1,0 +1,70 @@
+"""``kill -9`` of everything there is, in mid-round and in mid-upload: nothing counts twice and no epsilon is lost."""
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+
+from fedtailor.datasets import heart_disease
+from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.simulations.run import simulate
+from fedtailor.tree import norm
+
+pytestmark = pytest.mark.deployment
+SLOW = ("rounds=4", "local.steps=150", "local.lr=0.02")  # a round takes a second or two: there is a middle to hit
+
+
+def in_round(deployment, run, round):
+    deployment.until(lambda: deployment.status(run)["round"] >= round, 60, f"round {round} of {run}")
+
+
+def runs_like_the_simulator(deployment, run, plan):
+    simulated, params = simulate(plan, heart_disease())
+    deployed = load_file(deployment.run_folder(run) / "model.safetensors")
+    difference = norm({name: deployed[name] - params[name] for name in params})
+    assert difference < 1e-5 * max(1.0, norm(params)), "a round was lost, or counted twice"
+
+
+def every_round_was_charged_once(deployment, run, plan, result):
+    charge = Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
+    for site in deployment.sites:
+        rows = [row for row in deployment.ask_site(site, "Ledger")["rows"] if row["run"] == run]
+        assert len(rows) == plan.rounds, rows
+        assert result["sites"][site]["epsilon"] == pytest.approx(epsilon([charge] * plan.rounds, plan.privacy.delta))
+
+
+@pytest.mark.parametrize("privacy", ["none", "record"])
+@pytest.mark.parametrize("victim", ["server", "worker", "va"])
+def test_a_run_survives_kill_9_in_mid_round(deployment, victim, privacy):
+    plan = deployment.plan(f"privacy={privacy}", *SLOW)
+    run = deployment.submit(plan)
+    in_round(deployment, run, 1)
+    if victim == "worker":
+        os.kill(deployment.ask_site("va", "Status")["worker_pid"], signal.SIGKILL)
+    else:
+        deployment.kill(victim)
+        deployment.start(victim)
+    result = deployment.finish(run)
+    assert result["rounds"] == plan.rounds and result["status"] == "completed"
+    assert [h["round"] for h in result["history"]] == list(range(plan.rounds + 1))
+    if privacy == "none":
+        runs_like_the_simulator(deployment, run, plan)
+    else:
+        every_round_was_charged_once(deployment, run, plan, result)
+
+
+@pytest.mark.parametrize("victim", ["va", "server"])
+def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
+    """The site's answer is durable and on its way: it must arrive once, and cost once."""
+    plan = deployment.plan("privacy=record", "rounds=3")
+    outbox: Path = deployment.site_home("va") / "state" / "outbox"
+    before = {p.name for p in outbox.iterdir()}
+    run = deployment.submit(plan)
+    deployment.until(lambda: {p.name for p in outbox.iterdir() if p.name[0] != "."} - before, 60, "an answer", 0.001)
+    deployment.kill(victim)
+    deployment.start(victim)
+    result = deployment.finish(run)
+    every_round_was_charged_once(deployment, run, plan, result)
