@@ -26,12 +26,17 @@ from fedtailor.wire import Report, Visit
 
 
 def admit(
-    out: Path, outbox: Path, visit: Visit, plan: Plan, policy: Policy, *, epsilon: float | None, test_rows: int
-) -> tuple[Report, str]:
+    out: Path,
+    outbox: Path,
+    visit: Visit,
+    plan: Plan,
+    policy: Policy,
+    *,
+    epsilon: float | None,
+    test_rows: int,
+    reservation: int | None,
+) -> None:
     """Check what the training process left in ``out`` and make it durable in the outbox.
-
-    Returns:
-        The report that may leave, and the SHA-256 of the summand.
 
     Raises:
         RefusedError: with code ``airlock-…``; nothing of the answer leaves then.
@@ -72,8 +77,7 @@ def admit(
     draft = outbox / f".{inbox.key_of(visit)}"
     draft.mkdir(mode=0o700, exist_ok=True)
     store.write_bytes(draft / "payload", wire.salted(salt)(payload))
-    inbox.commit(outbox, draft, visit, checked)
-    return checked, digest
+    inbox.commit(outbox, draft, visit, checked, reservation)
 
 
 def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Path) -> int:

@@ -179,7 +179,11 @@ class Daemon:
                 self._perform(entry, visit)
                 found = inbox.stored(self.home.outbox, visit)
                 assert found is not None
-            self.state["bytes_sent"] += airlock.release(self.fleet, entry.envelope, *found, self.egress)
+            if found.reservation is not None:  # settled before it leaves, also after a crash between the two
+                self.ledger.settle(found.reservation, found.report.summand_sha256)
+            self.state["bytes_sent"] += airlock.release(
+                self.fleet, entry.envelope, found.report, found.payload, self.egress
+            )
         except Closed:
             log.info("the coordinator no longer waits for this answer; it is kept for when it asks again")
         except (ConnectionFailed, WorkerStopped):
@@ -230,11 +234,16 @@ class Daemon:
             kept.mkdir(mode=0o700, exist_ok=True)
             (out / "memory.safetensors").replace(kept / f"{visit.round:06d}.safetensors")
         spent = self._spent(plan, visit)
-        _, digest = airlock.admit(
-            out, self.home.outbox, visit, plan, self.config.policy, epsilon=spent, test_rows=data["test_rows"]
+        airlock.admit(
+            out,
+            self.home.outbox,
+            visit,
+            plan,
+            self.config.policy,
+            epsilon=spent,
+            test_rows=data["test_rows"],
+            reservation=reservation.id if reservation else None,
         )
-        if reservation is not None:
-            self.ledger.settle(reservation.id, digest)
         shutil.rmtree(out, ignore_errors=True)
 
     def _reserve(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:

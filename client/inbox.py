@@ -76,21 +76,31 @@ def drop(entry: Entry) -> None:
     shutil.rmtree(entry.folder, ignore_errors=True)
 
 
-def commit(outbox: Path, draft: Path, visit: Visit, report: Report) -> Path:
+class Stored(NamedTuple):
+    """An answer in the outbox."""
+
+    report: Report
+    payload: bytes  # salted
+    reservation: int | None  # what the ledger charged for it
+
+
+def commit(outbox: Path, draft: Path, visit: Visit, report: Report, reservation: int | None) -> Path:
     """Make an answer durable; ``draft`` holds ``payload`` (salted). From here on it may leave."""
     store.write_text(draft / "report.json", report.model_dump_json())
-    store.write_json(draft / "visit.json", {"run": visit.run, "round": visit.round})
+    store.write_json(draft / "visit.json", {"run": visit.run, "round": visit.round, "reservation": reservation})
     target = outbox / key_of(visit)
     store.commit_folder(draft, target)
     return target
 
 
-def stored(outbox: Path, visit: Visit) -> tuple[Report, bytes] | None:
+def stored(outbox: Path, visit: Visit) -> Stored | None:
     """The answer to a visit that was answered before."""
     folder = outbox / key_of(visit)
     if not folder.exists():
         return None
-    return Report.model_validate_json((folder / "report.json").read_text()), (folder / "payload").read_bytes()
+    report = Report.model_validate_json((folder / "report.json").read_text())
+    known = json.loads((folder / "visit.json").read_text())
+    return Stored(report, (folder / "payload").read_bytes(), known["reservation"])
 
 
 def tidy(outbox: Path, visit: Visit) -> None:

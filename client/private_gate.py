@@ -1,8 +1,8 @@
 """Is every example's gradient its own? Clipping bounds nothing where examples mix."""
 
 import torch
-from opacus.grad_sample import GradSampleModule  # type: ignore[import-untyped]
-from opacus.validators import ModuleValidator  # type: ignore[import-untyped]
+from opacus.grad_sample import GradSampleModule
+from opacus.validators import ModuleValidator
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd

@@ -3,7 +3,7 @@
 import hashlib
 
 import torch
-from opacus.grad_sample import GradSampleModule  # type: ignore[import-untyped]
+from opacus.grad_sample import GradSampleModule
 from torch import Tensor
 
 from fedtailor import tree

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from opacus.optimizers import DPOptimizer  # type: ignore[import-untyped]
+from opacus.optimizers import DPOptimizer
 from torch.optim import Optimizer
 
 from fedtailor.privacy.csprng import Csprng

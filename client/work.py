@@ -5,10 +5,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from fedtailor.baseline import train_alone
 
 from fedtailor import recipe as recipes
 from fedtailor import tree, wire
+from fedtailor.baseline import train_alone
 from fedtailor.batches import draw, pack
 from fedtailor.client.private_training import check_private, private_train
 from fedtailor.config import build

@@ -66,20 +66,28 @@ def _call(plan: Plan) -> str:
 def _metrics(result: Result) -> list[str]:
     def row(name: str, alone: Metrics, federated: Metrics) -> list[str]:
         names = [metric for metric in SHOWN if metric in federated or metric in alone]
-        return [f"| {name} | {metric} | {number(alone.get(metric))} | {number(federated.get(metric))} |" for metric in names]
+        return [
+            f"| {name} | {metric} | {number(alone.get(metric))} | {number(federated.get(metric))} |" for metric in names
+        ]
 
     lines = ["| site | metric | alone | federated |", "|---|---|---|---|"]
     for name, site in sorted(result.sites.items()):
         lines += row(name, site.metrics.get("local_only", {}), site.metrics.get("federated", {}))
-    return lines + row("all (weighted by rows)", result.metrics.get("local_only", {}), result.metrics.get("federated", {}))
+    return lines + row(
+        "all (weighted by rows)", result.metrics.get("local_only", {}), result.metrics.get("federated", {})
+    )
 
 
 def _privacy(result: Result) -> list[str]:
     if result.privacy is None:
-        return ["**No differential privacy.** Nothing here bounds what the model reveals of a record it was trained on."]
+        return [
+            "**No differential privacy.** Nothing here bounds what the model reveals of a record it was trained on."
+        ]
     stated, lines = result.privacy, []
     if result.engine == "simulation":
-        lines.append("**Simulated noise.** It was seeded, so this file must not be released; the figures are what a deployment would give.")
+        lines.append(
+            "**Simulated noise.** It was seeded, so this file must not be released; the figures are what a deployment would give."
+        )
     return [
         *lines,
         f"- Unit: one **{stated.unit}**; ε ≤ **{stated.epsilon_max:.3f}** at δ = {stated.delta:g} at every site.",

@@ -26,6 +26,8 @@ class Events:
             except OSError as error:
                 if not self._said:
                     self._said = True
-                    print(f"events: {self.path} cannot be written ({error.strerror}); going on without", file=sys.stderr)
+                    print(
+                        f"events: {self.path} cannot be written ({error.strerror}); going on without", file=sys.stderr
+                    )
         for sink in self.sinks:
             sink(event)

@@ -16,6 +16,7 @@ def rounds_png(result: Result, metric: str = "auroc") -> bytes | None:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         return None
     lines = {site: _line(result.history, site, metric) for site in result.sites}
@@ -30,7 +31,7 @@ def rounds_png(result: Result, metric: str = "auroc") -> bytes | None:
         alone = result.sites[site].metrics.get("local_only", {}).get(metric)
         if alone is not None:
             axes.axhline(alone, color=colour, linestyle="--", linewidth=1)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("rounds")
     axes.set_ylabel(f"{metric.upper()} on the site's held-out part")
     axes.set_title(f"{result.study}: federated (solid) and trained alone (dashed)", loc="left", fontsize=11)
@@ -39,7 +40,8 @@ def rounds_png(result: Result, metric: str = "auroc") -> bytes | None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     out = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(out)
+    FigureCanvasAgg(figure)
+    figure.savefig(out, format="png")
     return out.getvalue()
 
 

@@ -13,7 +13,8 @@ from fedtailor.recipe import Metrics
 from fedtailor.study import Frozen, RecordPrivacy
 from fedtailor.tree import Params
 
-SCHEMA = "fedtailor.result/1"
+SCHEMA: Literal["fedtailor.result/1"] = "fedtailor.result/1"
+Ending = Literal["completed", "stopped", "failed"]
 COVERS = (
     "everything that depends on one record of a site's training part and left the site as parameters, over all rounds "
     "of this run: the released model among it"
@@ -87,7 +88,7 @@ class Result(BaseModel):
     seed: NonNegativeInt
     model: ModelFile
     versions: dict[str, str]
-    status: Literal["completed", "stopped", "failed"] = "completed"
+    status: Ending = "completed"
     dropped: list[dict[str, Any]] = []  # replies that did not count: {"round", "site", "code"}
     history: list[dict[str, Any]] = []  # per evaluated round: {"round", "sites": {name: metrics}, "metrics"}
 

@@ -20,7 +20,8 @@ from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.recipe import Recipe
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
-from fedtailor.server.studies import DONE, Run, Setting, execute
+from fedtailor.server.runs import DONE, Run
+from fedtailor.server.studies import Setting, execute
 from fedtailor.server.superlink import SuperLink
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan

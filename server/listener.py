@@ -18,7 +18,16 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # Not here: register-node and unregister-node (a site is enrolled by people), get-run and get-fab (no code travels).
 FLEET = frozenset(
     f"/v1/fleet/{name}"
-    for name in ["activate-node", "deactivate-node", "send-node-heartbeat", "pull-messages", "push-messages", "push-object", "pull-object", "confirm-message-received"]
+    for name in [
+        "activate-node",
+        "deactivate-node",
+        "send-node-heartbeat",
+        "pull-messages",
+        "push-messages",
+        "push-object",
+        "pull-object",
+        "confirm-message-received",
+    ]
 )
 PULL = "/v1/fleet/pull-messages"
 PUSH = ("/v1/fleet/push-messages", "/v1/fleet/push-object")

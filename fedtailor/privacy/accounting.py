@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import dp_accounting  # type: ignore[import-untyped]
-from dp_accounting.pld import privacy_loss_distribution as pld  # type: ignore[import-untyped]
-from dp_accounting.rdp import RdpAccountant  # type: ignore[import-untyped]
+import dp_accounting
+from dp_accounting.pld import privacy_loss_distribution as pld
+from dp_accounting.rdp import RdpAccountant
 
 from fedtailor.errors import ConfigError
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-
 from fedtailor.datasets import heart_disease
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.simulations.run import simulate

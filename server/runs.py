@@ -1,0 +1,97 @@
+"""A run's folder on the server: its plan, its status, its checkpoint."""
+
+import json
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+
+from fedtailor import store
+from fedtailor.errors import StoreError
+from fedtailor.server.record import Progress
+from fedtailor.study import Plan
+from fedtailor.tree import Tree
+
+DONE = ("completed", "stopped", "failed")
+
+
+class Status(NamedTuple):
+    """What ``fedtailor server runs`` shows of a run."""
+
+    run: str
+    study: str
+    status: str  # queued, running, completed, stopped, failed
+    round: int  # rounds closed
+    rounds: int
+    detail: str = ""
+
+
+class Run:
+    """One run's folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.name = folder, folder.name
+
+    @classmethod
+    def create(cls, studies: Path, plan: Plan, config_yaml: str) -> "Run":
+        """Queue a plan under a new name."""
+        stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
+        folder = studies / f"{plan.study}-{stamp}-{plan.digest()[:4]}"
+        for suffix in range(1, 1000):
+            try:
+                folder.mkdir(parents=True)
+                break
+            except FileExistsError:
+                folder = folder.with_name(f"{plan.study}-{stamp}-{plan.digest()[:4]}-{suffix}")
+        run = cls(folder)
+        store.write_text(folder / "plan.json", plan.canonical())
+        store.write_text(folder / "config.yaml", config_yaml)
+        run.write_status("queued", 0)
+        return run
+
+    def plan(self) -> Plan:
+        """The run's plan."""
+        try:
+            return Plan.parse((self.folder / "plan.json").read_text())
+        except (OSError, ValueError, ValidationError) as error:
+            raise StoreError(f"{self.folder / 'plan.json'} cannot be read: {error}") from error
+
+    def status(self) -> Status:
+        """What is known of the run."""
+        plan = self.plan()
+        try:
+            raw = json.loads((self.folder / "status.json").read_text())
+        except (OSError, ValueError):
+            raw = {"status": "failed", "round": 0, "detail": "status.json cannot be read"}
+        return Status(self.name, plan.study, raw["status"], raw["round"], plan.rounds, raw.get("detail", ""))
+
+    def ended(self) -> bool:
+        """Whether the run is over, for better or worse."""
+        try:
+            return json.loads((self.folder / "status.json").read_text())["status"] in DONE
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def write_status(self, status: str, round: int, detail: str = "") -> None:
+        """Record the state of the run, atomically."""
+        store.write_json(self.folder / "status.json", {"status": status, "round": round, "detail": detail})
+
+    def save(self, state: Tree, progress: Progress, digest: str) -> None:
+        """Write the checkpoint: one file, all or nothing."""
+        meta = {"progress": json.dumps(progress._asdict()), "plan_sha256": digest}
+        store.save_tree(self.folder / "checkpoint.safetensors", {"state": state}, meta)
+
+    def load(self, digest: str) -> tuple[Tree, Progress] | None:
+        """The last checkpoint, or None where there is none yet.
+
+        Raises:
+            StoreError: if it is damaged or belongs to another plan.
+        """
+        path = self.folder / "checkpoint.safetensors"
+        if not path.exists():
+            return None
+        loaded, meta = store.load_tree(path)
+        if meta.get("plan_sha256") != digest:
+            raise StoreError(f"{path} belongs to another plan than plan.json; restore the one that fits or start anew")
+        return loaded["state"], Progress(**json.loads(meta["progress"]))
