@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 
+from fedtailor import errors
 from fedtailor.errors import ConnectionFailed, FedtailorError
 
 Json = dict[str, Any]
@@ -133,7 +134,7 @@ def _unary(fn: Method) -> Callable[[StringValue, grpc.ServicerContext], StringVa
         try:
             return StringValue(value=json.dumps(fn(_read(request))))
         except FedtailorError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, json.dumps({"code": error.code, "text": str(error)}))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, _said(error))
             raise
 
     return handle
@@ -147,16 +148,22 @@ def _stream(fn: Stream) -> Callable[[StringValue, grpc.ServicerContext], Iterato
                     return
                 yield StringValue(value=json.dumps(document))
         except FedtailorError as error:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, json.dumps({"code": error.code, "text": str(error)}))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, _said(error))
 
     return handle
+
+
+def _said(error: FedtailorError) -> str:
+    kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "FedtailorError"
+    return json.dumps({"kind": kind, "code": error.code, "text": str(error)})
 
 
 def _reraised(error: grpc.RpcError, socket: Path) -> FedtailorError:
     code, details = error.code(), error.details() or ""
     if code == grpc.StatusCode.FAILED_PRECONDITION:
         known = json.loads(details)
-        return FedtailorError(known["text"], code=known["code"])
+        kind = getattr(errors, known["kind"], FedtailorError)
+        return cast(FedtailorError, kind(known["text"], code=known["code"]))
     if code == grpc.StatusCode.UNAVAILABLE:
         return ConnectionFailed(f"no fedtailor daemon listens on {socket}; start it with `fedtailor … up`")
     return FedtailorError(f"the daemon at {socket} answered {code.name}: {details.splitlines()[0] if details else ''}")

@@ -1,0 +1,116 @@
+"""A real study over a real deployment: what comes out, what it cost, and what a person can ask of both ends."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from safetensors.torch import load_file
+
+from fedtailor.datasets import heart_disease
+from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.result import Result
+from fedtailor.simulations.run import simulate
+from fedtailor.tree import norm
+
+pytestmark = pytest.mark.deployment
+
+
+def command(*arguments):
+    done = subprocess.run([sys.executable, "-m", "fedtailor", *arguments], capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy):
+    """Also for SCAFFOLD, whose sites keep a memory between rounds."""
+    plan = deployment.plan("privacy=none", "rounds=3", f"strategy={strategy}")
+    run = deployment.submit(plan)
+    result = deployment.finish(run)
+    simulated, params = simulate(plan, heart_disease())
+    deployed = load_file(deployment.run_folder(run) / "model.safetensors")
+    assert norm({name: deployed[name] - params[name] for name in params}) < 1e-5
+    for site in deployment.sites:
+        for kind in ("local_only", "federated"):
+            assert result["sites"][site]["metrics"][kind] == pytest.approx(simulated.sites[site].metrics[kind], rel=1e-4)
+
+
+def test_a_private_study_costs_what_it_says_and_its_folder_is_whole(deployment):
+    plan = deployment.plan("rounds=3")
+    run = deployment.submit(plan)
+    result = Result.model_validate(deployment.finish(run))
+    charge = Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
+    expected = epsilon([charge] * plan.rounds, plan.privacy.delta)
+    assert expected <= plan.privacy.epsilon
+    assert result.privacy.epsilon_max == pytest.approx(expected, abs=1e-6)
+    assert result.transport.tls and result.transport.mutual_tls and result.transport.node_auth
+    assert len(result.history) == plan.rounds + 1 and len(result.timing.round_s) == plan.rounds
+    assert not result.dropped
+    folder = deployment.run_folder(run)
+    for name in ("result.json", "events.jsonl", "model.safetensors", "model_card.md", "rounds.png", "config.yaml"):
+        assert (folder / name).stat().st_size > (0 if name == "config.yaml" else 10) - 1, name
+    assert not list((folder / "spool").iterdir()) and not list((deployment.server_home / "transit").iterdir())
+
+
+def test_both_ends_answer_their_people(deployment):
+    code, out, _ = command("server", "runs", "--home", str(deployment.server_home), "--json")
+    assert code == 0 and json.loads(out)["runs"]
+    home = str(deployment.site_home("va"))
+    code, out, _ = command("client", "status", "--home", home, "--json")
+    status = json.loads(out)
+    assert code == 0 and status["connected"] and status["study"] == "heart" and status["bytes_sent"] > 0
+    assert 0 < status["epsilon"]["spent"] < status["epsilon"]["cap"] == 1000
+    code, out, _ = command("client", "egress", "--home", home, "--json")
+    rows = json.loads(out)["rows"]
+    assert code == 0 and {"time", "run", "round", "bytes", "sha256", "epsilon"} <= rows[-1].keys()
+    assert command("client", "status", "--home", home)[0] == 0, "and in a table"
+    assert command("server", "status", "--home", str(deployment.server_home))[0] == 0
+
+
+def test_a_study_can_be_stopped_and_taken_up_again(deployment):
+    plan = deployment.plan("privacy=none", "rounds=6", "local.steps=150", "local.lr=0.02")
+    run = deployment.submit(plan)
+    deployment.until(lambda: deployment.status(run)["round"] >= 1, 60, "a first round")
+    assert command("server", "stop", run, "--home", str(deployment.server_home))[0] == 0
+    deployment.until(lambda: deployment.status(run)["status"] == "stopped", 60, "the run stops")
+    closed = deployment.status(run)["round"]
+    assert 1 <= closed < plan.rounds
+    partial = json.loads((deployment.run_folder(run) / "result.json").read_text())
+    assert partial["status"] == "stopped" and partial["rounds"] == closed
+    assert command("server", "submit", "--resume", run, "--home", str(deployment.server_home))[0] == 0
+    deployment.finish(run)
+    simulated, params = simulate(plan, heart_disease())
+    deployed = load_file(deployment.run_folder(run) / "model.safetensors")
+    assert norm({name: deployed[name] - params[name] for name in params}) < 1e-5
+
+
+def test_watch_follows_a_run_to_its_end(deployment):
+    run = deployment.submit(deployment.plan("privacy=none", "rounds=2"))
+    code, out, _ = command("server", "watch", run, "--home", str(deployment.server_home), "--json")
+    kinds = [json.loads(line)["kind"] for line in out.splitlines()]
+    assert code == 0 and kinds[0] == "started" and kinds[-1] == "finished" and kinds.count("round") == 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code"),
+    [
+        (["study=heart", "sites=[cleveland,mars]", "quorum=1"], "mars"),
+        (["study=heart", "sites=[cleveland,va]", "strategy=fedavgg"], "did you mean 'fedavg'"),
+        (["study=heart", "sites=[cleveland,va]", "quorum=3"], "quorum"),
+        (["study=heart", "sites=[cleveland,va]", "quorum=2", "+recipe.hiden=3"], "hiden"),
+    ],
+)
+def test_a_plan_that_cannot_work_is_refused_by_name(deployment, overrides, code):
+    status, _, err = command("server", "submit", *overrides, "--home", str(deployment.server_home))
+    assert status == 2 and code in " ".join(err.split()) and "Traceback" not in err
+
+
+def test_a_site_refuses_what_its_budget_does_not_allow_before_any_work(deployment):
+    """The cap is 1000: a study with almost no noise would pass it within a few rounds."""
+    plan = deployment.plan("rounds=1", "privacy.epsilon=900000", "privacy.noise_multiplier=0.4", "local.steps=3000",
+                           "local.rate=1.0")  # fmt: skip
+    run = deployment.submit(plan)
+    deployment.until(lambda: deployment.status(run)["status"] == "failed", 60, "the run fails")
+    assert "budget" in deployment.status(run)["detail"] and "quorum" in deployment.status(run)["detail"]
+    status = deployment.ask_site("va", "Status")
+    assert "rounds" in status["last_error"] and status["epsilon"]["spent"] < 1000
