@@ -2,13 +2,13 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt
-from safetensors.torch import save
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
 
+from fedtailor import store
 from fedtailor.recipe import Metrics
 from fedtailor.study import Frozen, RecordPrivacy
 from fedtailor.tree import Params
@@ -25,12 +25,37 @@ NOT_COVERED = (
 )
 
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+
+class Evaluated(TypedDict):
+    """One evaluated round: ``round`` is the number of rounds trained before it."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    round: NonNegativeInt
+    sites: dict[str, Metrics]
+    metrics: Metrics  # mean over the sites, weighted by training rows
+
+
+class Dropped(TypedDict):
+    """One reply that did not count, and the code word for why."""
+
+    __pydantic_config__ = _STRICT  # type: ignore[misc]
+    round: NonNegativeInt
+    site: str
+    code: str
+
+
+_check_history = TypeAdapter(list[Evaluated]).validate_python
+_check_dropped = TypeAdapter(list[Dropped]).validate_python
+
+
 class SiteResult(Frozen):
     """One site."""
 
     rows: NonNegativeInt  # training and held-out part together
-    metrics: dict[str, Metrics]  # "local_only", "federated"; None is: not estimable
-    epsilon: float | None  # spent by this run on this site's data
+    metrics: dict[Literal["local_only", "federated"], Metrics]  # None: not estimable, which is not zero
+    epsilon: NonNegativeFloat | None  # spent by this run on this site's data; None: trained without privacy
     bytes_sent: NonNegativeInt
     bytes_received: NonNegativeInt
 
@@ -40,7 +65,8 @@ class PrivacyResult(Frozen):
 
     unit: Literal["record", "site"]
     delta: float
-    epsilon_max: float  # the greatest over the sites
+    epsilon_max: NonNegativeFloat  # the greatest over the sites
+    epsilon_budget: NonNegativeFloat | None = None  # what the plan allows the whole study at each site
     accountant: str
     covers: str = COVERS
     not_covered: str = NOT_COVERED
@@ -49,10 +75,10 @@ class PrivacyResult(Frozen):
 class Timing(Frozen):
     """Seconds."""
 
-    wall_s: float
-    setup_s: float
-    round_s: list[float]
-    work_s: list[float] = []  # the slowest site's own work in each round
+    wall_s: NonNegativeFloat
+    setup_s: NonNegativeFloat
+    round_s: list[NonNegativeFloat]  # each round, in order
+    work_s: list[NonNegativeFloat] = []  # the slowest site's own work in each round
 
 
 class Transport(Frozen):
@@ -72,7 +98,10 @@ class ModelFile(Frozen):
 
 
 class Result(BaseModel):
-    """``result.json``."""
+    """``result.json``. Numbers are finite; unknown fields are refused; ``schema`` changes when the meaning of one does.
+
+    Read one with ``Result.model_validate_json(text)``, write it with ``.model_dump_json(by_alias=True)``.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, populate_by_name=True)
     schema_: Literal["fedtailor.result/1"] = Field(default=SCHEMA, alias="schema")
@@ -80,7 +109,7 @@ class Result(BaseModel):
     strategy: str
     rounds: NonNegativeInt
     sites: dict[str, SiteResult]
-    metrics: dict[str, Metrics]  # means over sites, weighted by training rows
+    metrics: dict[Literal["local_only", "federated", "pooled"], Metrics]  # means over sites, weighted by training rows
     privacy: PrivacyResult | None
     timing: Timing
     transport: Transport | None
@@ -89,8 +118,8 @@ class Result(BaseModel):
     model: ModelFile
     versions: dict[str, str]
     status: Ending = "completed"
-    dropped: list[dict[str, Any]] = []  # replies that did not count: {"round", "site", "code"}
-    history: list[dict[str, Any]] = []  # per evaluated round: {"round", "sites": {name: metrics}, "metrics"}
+    dropped: Annotated[list[dict[str, Any]], AfterValidator(_check_dropped)] = []  # each a Dropped
+    history: Annotated[list[dict[str, Any]], AfterValidator(_check_history)] = []  # each an Evaluated
 
 
 def weighted(by_site: Mapping[str, Metrics], rows: Mapping[str, int]) -> Metrics:
@@ -110,20 +139,27 @@ def weighted(by_site: Mapping[str, Metrics], rows: Mapping[str, int]) -> Metrics
 
 def privacy_result(privacy: RecordPrivacy, epsilon_max: float) -> PrivacyResult:
     """The statement of a record-level study."""
-    accountant = "PLD (dp-accounting), Poisson sampling, zero-out neighbours"
-    return PrivacyResult(unit=privacy.unit, delta=privacy.delta, epsilon_max=epsilon_max, accountant=accountant)
+    return PrivacyResult(
+        unit=privacy.unit,
+        delta=privacy.delta,
+        epsilon_max=epsilon_max,
+        epsilon_budget=privacy.epsilon,
+        accountant="PLD (dp-accounting), Poisson sampling, zero-out neighbours",
+    )
 
 
-def model_bytes(params: Params) -> bytes:
-    """The released file: parameters only."""
-    return save({name: p.detach().cpu().contiguous() for name, p in params.items()})
+def model_pieces(params: Params) -> Iterator[bytes | memoryview]:
+    """The released file, piece by piece: parameters only, no metadata."""
+    return store.safetensors(params)
 
 
 def model_file(params: Params) -> ModelFile:
     """How the released file will be described."""
+    total = hashlib.sha256()
+    for piece in model_pieces(params):
+        total.update(piece)
     count = sum(p.numel() for p in params.values())
-    digest = hashlib.sha256(model_bytes(params)).hexdigest()
-    return ModelFile(path="model.safetensors", sha256=digest, parameters=count)
+    return ModelFile(path="model.safetensors", sha256=total.hexdigest(), parameters=count)
 
 
 def versions() -> dict[str, str]:

@@ -1,22 +1,35 @@
 """Files that are there whole or not at all, and trees of tensors in safetensors with a checksum. No pickle."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.errors import StoreError
 from fedtailor.tree import Tree
 
-CHECKSUM = "sha256"
+CHECKSUM = "fedtailor.sha256"
+DTYPES = {  # the names that safetensors gives them; in its files the widest come first, so that each tensor is aligned
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = list(DTYPES.values())
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -25,7 +38,7 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     Raises:
         StoreError: naming the file and what to do.
     """
-    _replace(path, lambda file: file.write(data), mode)
+    _replace(path, [data], mode)
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
@@ -39,19 +52,37 @@ def write_json(path: Path, document: Any, mode: int = 0o600) -> None:
 
 
 def save_tree(path: Path, saved: Tree, metadata: dict[str, str]) -> None:
-    """Replace ``path`` by a safetensors file of ``saved`` and ``metadata``, with a checksum over both."""
-    flat = {name: leaf.detach().cpu().contiguous() for name, leaf in tree.flatten(saved).items()}
-    signed = metadata | {CHECKSUM: _checksum(flat, metadata)}
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        save_file(flat, draft, metadata=signed)
-        draft.chmod(0o600)
-        _sync(draft)
-        os.replace(draft, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as error:
-        draft.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+    """Replace ``path`` by a safetensors file of ``saved`` and ``metadata``, with a checksum over both.
+
+    Besides ``saved``, at most one copy of its largest tensor is in memory, and none where tensors are contiguous on the
+    CPU. Two names for one tensor become two tensors; empty branches are not kept.
+
+    Raises:
+        StoreError: if it cannot be written; the old file is there unharmed.
+    """
+    flat = tree.flatten(saved)
+    _replace(path, safetensors(flat, metadata | {CHECKSUM: _checksum(flat, metadata)}), 0o600)
+
+
+def safetensors(flat: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
+    """A safetensors file, piece by piece: made whole in memory it would cost a copy of the model.
+
+    Raises:
+        StoreError: naming a tensor whose dtype the format has no word for here.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    begin = 0
+    names = sorted(flat, key=lambda name: (_ORDER.index(_dtype(name, flat[name])), name))
+    for name in names:
+        leaf = flat[name]
+        end = begin + leaf.numel() * leaf.element_size()
+        header[name] = {"dtype": _dtype(name, leaf), "shape": list(leaf.shape), "data_offsets": [begin, end]}
+        begin = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        yield _raw(flat[name])
 
 
 def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
@@ -63,7 +94,7 @@ def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
-            flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            flat = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118  (else a view of the file)
     except (OSError, SafetensorError, ValueError) as error:
         raise StoreError(f"{path} cannot be read: {error}; restore it from a copy") from error
     wanted = metadata.pop(CHECKSUM, None)
@@ -84,23 +115,63 @@ def commit_folder(draft: Path, target: Path) -> None:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a file, hexadecimal, read piece by piece."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise StoreError(f"{path} cannot be read: {error.strerror}; restore it from a copy") from error
 
 
-def _replace(path: Path, write: Callable[[IO[bytes]], object], mode: int) -> None:
+def _replace(path: Path, pieces: Iterable[bytes | memoryview], mode: int) -> None:
     draft = path.with_name(f".{path.name}.draft")
     try:
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode), "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
+        with os.fdopen(_open_alone(draft, mode), "wb") as file:
+            try:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(draft, path)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
         _sync(path.parent)
     except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+        raise StoreError(
+            f"{path} is written, but its folder cannot be synchronised ({error.strerror}): "
+            "it may not survive a power failure; mend the disk and write it again"
+        ) from error
+
+
+def _open_alone(draft: Path, mode: int) -> int:
+    """Open and empty ``draft``, waiting for whoever writes it now.
+
+    One name, rather than a new one each time, leaves at most one draft behind after ``kill -9``, and the next write
+    takes it over. The lock keeps two writers of one file apart.
+    """
+    while True:
+        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            if _is_at(handle, draft):
+                os.fchmod(handle, mode)
+                os.ftruncate(handle, 0)
+                return handle
+        except BaseException:
+            os.close(handle)
+            raise
+        os.close(handle)  # the writer before us has renamed it: what we hold is the finished file
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
 
 
 def _sync(path: Path) -> None:
@@ -111,9 +182,25 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _unwritable(path: Path, error: Exception) -> StoreError:
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return StoreError(f"{path} cannot be written: {text}; free space or mend its permissions, nothing was changed")
+def _unwritable(path: Path, error: OSError) -> StoreError:
+    return StoreError(
+        f"{path} cannot be written: {error.strerror or error}; free space or mend its permissions, nothing was changed"
+    )
+
+
+def _dtype(name: str, leaf: Tensor) -> str:
+    if leaf.dtype not in DTYPES:
+        known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise StoreError(f"tensor {name!r} has dtype {leaf.dtype}, which cannot be stored; convert it to one of {known}")
+    return DTYPES[leaf.dtype]
+
+
+def _raw(leaf: Tensor) -> bytes | memoryview:
+    """A tensor's bytes, without a copy where it is contiguous and on the CPU."""
+    if not leaf.numel():
+        return b""
+    raw: memoryview = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    return raw
 
 
 def _checksum(flat: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -121,5 +208,5 @@ def _checksum(flat: dict[str, Tensor], metadata: dict[str, str]) -> str:
     for name in sorted(flat):
         leaf = flat[name]
         total.update(f"\0{name}\0{leaf.dtype}\0{list(leaf.shape)}\0".encode())
-        total.update(leaf.reshape(-1).view(torch.uint8).numpy().data if leaf.numel() else b"")
+        total.update(_raw(leaf))
     return total.hexdigest()
