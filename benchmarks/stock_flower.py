@@ -159,7 +159,9 @@ def _flwr(home: Path, *arguments: str, timeout_s: float = 60.0) -> str:
         ["flwr", *arguments], env=_environment(home), capture_output=True, text=True, timeout=timeout_s, check=False
     )
     if done.returncode:
-        raise RuntimeError(f"flwr {arguments[0]} ended with code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}")
+        raise RuntimeError(
+            f"flwr {arguments[0]} ended with code {done.returncode}: {(done.stdout + done.stderr)[-3000:]}"
+        )
     return done.stdout
 
 

@@ -8,6 +8,7 @@ import hashlib
 import json
 import secrets
 import time
+from functools import lru_cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -25,11 +26,18 @@ from fedtailor.study import Plan
 from fedtailor.wire import Report, Visit
 
 
+@lru_cache(maxsize=4)
+def agreed(plan_text: str) -> wire.Spec:
+    """What a plan says will leave: the names, dtypes and shapes of the summand."""
+    plan = Plan.parse(plan_text)
+    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    return wire.spec_of(wire.summand(plan, strategy, recipes.initial(recipe, plan.seed)))
+
+
 def admit(
     out: Path,
     outbox: Path,
     visit: Visit,
-    plan: Plan,
     policy: Policy,
     *,
     epsilon: float | None,
@@ -46,9 +54,7 @@ def admit(
         if (report.run, report.round) != (visit.run, visit.round):
             raise WireError("an answer to another visit", code="round")
         path = out / "summand.safetensors"
-        spec = wire.summand_spec(
-            plan, build(plan.strategy, Strategy), recipes.initial(build(plan.recipe, Recipe), plan.seed)
-        )
+        spec = agreed(visit.plan)
         with safe_open(path, framework="pt") as file:
             if file.metadata():
                 raise WireError("tensors that carry text", code="metadata")

@@ -238,7 +238,6 @@ class Daemon:
             out,
             self.home.outbox,
             visit,
-            plan,
             self.config.policy,
             epsilon=spent,
             test_rows=data["test_rows"],

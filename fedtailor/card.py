@@ -1,105 +1,197 @@
 """The model card: what a hospital and a regulator must know of a released model."""
 
+import math
+
+import yaml
+
 from fedtailor.recipe import Metrics
-from fedtailor.result import Result
+from fedtailor.result import PrivacyResult, Result
 from fedtailor.study import Plan
 
-SHOWN = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "loss")
+EMPTY: Metrics = {}
+
+
+def model_card(result: Result, plan: Plan, no_plot: str = "") -> str:
+    """Markdown. Everything in it comes from the result and the plan.
+
+    Args:
+        no_plot: why there is no picture of the rounds; empty where there is one.
+    """
+    sections = {
+        "What it is for": _purpose(result, plan),
+        "Data": _data(result),
+        "How it was made": _recipe(result, plan),
+        "How well it does": _metrics(result, no_plot),
+        "Privacy": _privacy(result),
+        "Limits": _limits(result),
+        "How to load it": _loading(result),
+        "Made with": [", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())) + "."],
+    }
+    lines = [f"# Model card: {result.study}", ""]
+    for heading, text in sections.items():
+        lines += [f"## {heading}", "", *text, ""]
+    return "\n".join(lines)
 
 
 def number(value: float | None) -> str:
-    """A metric for people; what was not estimable says so."""
+    """A metric for people; what was not estimable says so, and is never a zero."""
     return "not estimable" if value is None else f"{value:.3f}"
 
 
-def model_card(result: Result, plan: Plan, plot: bool) -> str:
-    """Markdown. Everything in it comes from the result and the plan."""
-    return "\n".join(
-        [
-            f"# Model card: {result.study}",
-            "",
-            f"A model tailored together by {len(result.sites)} sites in {result.rounds} rounds "
-            f"({result.status}), strategy `{result.strategy}`, engine `{result.engine}`, seed {result.seed}.",
-            "",
-            "## What it is",
-            f"- Recipe: `{_call(plan)}`; {result.model.parameters} parameters.",
-            f"- File: `{result.model.path}` (safetensors), SHA-256 `{result.model.sha256}`.",
-            "- Load it with `safetensors.torch.load_file`; inputs are prepared by the recipe's data contract.",
-            f"- Plan: SHA-256 `{plan.digest()}`; the whole of it is in `config.yaml`.",
-            "",
-            "## Data",
-            "Rows stayed at their sites. A fixed share of each site's subjects was held out for the metrics below.",
-            "",
-            "| site | rows |",
-            "|---|---|",
-            *(f"| {name} | {site.rows} |" for name, site in sorted(result.sites.items())),
-            "",
-            "## Metrics on each site's held-out part",
-            "*alone* is the same model and number of steps on that site's own data only.",
-            "",
-            *_metrics(result),
-            "",
-            *(["![metrics over the rounds](rounds.png)", ""] if plot else []),
-            "## Privacy",
-            *_privacy(result),
-            "",
-            "## Limits",
-            "- The held-out parts are small; a difference of a few hundredths between columns is within chance.",
-            "- Sites differ in how they record data (see each site's missing values); a site that did not take part may differ more.",
-            "- A model trained on personal data is not anonymous by itself: who releases it must document why extraction is negligibly likely.",
-            "- It is not a medical device and decides nothing by itself.",
-            *_dropped(result),
-            "",
-            "## Made with",
-            ", ".join(f"{name} {version}" for name, version in sorted(result.versions.items())),
-            "",
-        ]
-    )
+def at_most(epsilon: float) -> str:
+    """An upper bound, rounded up: rounding to the nearest would promise more than was kept.
+
+    >>> at_most(1.0001)
+    '1.001'
+    """
+    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}"
 
 
-def _call(plan: Plan) -> str:
-    spec = plan.recipe.model_dump(by_alias=True)
-    target = spec.pop("_target_")
-    return f"{target}({', '.join(f'{key}={value!r}' for key, value in spec.items())})"
+def spent(epsilon: float | None, result: Result) -> str:
+    """What a run cost one site, of what the plan allowed."""
+    if epsilon is None:
+        return "no DP"
+    budget = result.privacy.epsilon_budget if result.privacy else None
+    return at_most(epsilon) + ("" if budget is None else f" of {budget:g}")
 
 
-def _metrics(result: Result) -> list[str]:
-    def row(name: str, alone: Metrics, federated: Metrics) -> list[str]:
-        names = [metric for metric in SHOWN if metric in federated or metric in alone]
-        return [
-            f"| {name} | {metric} | {number(alone.get(metric))} | {number(federated.get(metric))} |" for metric in names
-        ]
-
-    lines = ["| site | metric | alone | federated |", "|---|---|---|---|"]
-    for name, site in sorted(result.sites.items()):
-        lines += row(name, site.metrics.get("local_only", {}), site.metrics.get("federated", {}))
-    return lines + row(
-        "all (weighted by rows)", result.metrics.get("local_only", {}), result.metrics.get("federated", {})
-    )
-
-
-def _privacy(result: Result) -> list[str]:
-    if result.privacy is None:
-        return [
-            "**No differential privacy.** Nothing here bounds what the model reveals of a record it was trained on."
-        ]
-    stated, lines = result.privacy, []
-    if result.engine == "simulation":
-        lines.append(
-            "**Simulated noise.** It was seeded, so this file must not be released; the figures are what a deployment would give."
-        )
+def _purpose(result: Result, plan: Plan) -> list[str]:
+    ended = "" if result.status == "completed" else f" **The study did not run to its end: {result.status}.**"
     return [
-        *lines,
-        f"- Unit: one **{stated.unit}**; ε ≤ **{stated.epsilon_max:.3f}** at δ = {stated.delta:g} at every site.",
-        f"- Accountant: {stated.accountant}; no amplification is claimed against the coordinator.",
-        f"- Covered: {stated.covers}.",
-        f"- **Not** covered: {stated.not_covered}.",
-        "- If the same person is at several sites, the ε of those sites add up for that person.",
+        f"The model that {len(result.sites)} sites made together in the study `{result.study}`, for the task that its "
+        f"recipe describes (below), at institutions whose data satisfy the same contract.{ended}",
+        "",
+        "It is a research result. It is not a medical device, has not been validated for clinical or credit decisions, "
+        "and must not decide anything about a person by itself.",
     ]
 
 
-def _dropped(result: Result) -> list[str]:
-    if not result.dropped:
-        return []
-    lost = ", ".join(f"{d['site']} in round {d['round']} ({d['code']})" for d in result.dropped[:20])
-    return [f"- Replies that did not count: {lost}."]
+def _data(result: Result) -> list[str]:
+    rows = [f"| {name} | {site.rows:,} |" for name, site in sorted(result.sites.items())]
+    return [
+        "Rows stayed at their sites. Each site trained on one part and held out the rest, split by subject, to measure.",
+        "",
+        "| site | rows, both parts |",
+        "|---|---:|",
+        *rows,
+        f"| **all** | **{sum(site.rows for site in result.sites.values()):,}** |",
+    ]
+
+
+def _recipe(result: Result, plan: Plan) -> list[str]:
+    used = {"recipe": plan.recipe, "strategy": plan.strategy}
+    spec = yaml.safe_dump({k: v.model_dump(mode="json", by_alias=True) for k, v in used.items()}, sort_keys=False)
+    local = plan.local
+    return [
+        f"{result.rounds} of {plan.rounds} rounds; in each, every site took {local.steps} steps, each on a random "
+        f"{local.rate:.0%} of its training rows, at learning rate {local.lr:g}. Seed {result.seed}, engine "
+        f"`{result.engine}`, {_transport(result)}.",
+        "",
+        "```yaml",
+        *spec.rstrip().splitlines(),
+        "```",
+        "",
+        f"The whole plan is in `config.yaml`; its SHA-256 is `{plan.digest()}`.",
+    ]
+
+
+def _transport(result: Result) -> str:
+    if result.transport is None:
+        return "no network"
+    used = result.transport
+    words = [("mutual TLS", used.mutual_tls), ("TLS", used.tls and not used.mutual_tls)]
+    words.append(("authenticated nodes", used.node_auth))
+    return " and ".join(word for word, there in words if there) or "**unprotected connections**"
+
+
+def _metrics(result: Result, no_plot: str) -> list[str]:
+    lines = [
+        "On each site's held-out rows. *Alone* is the same recipe and number of steps on that site's own rows only, "
+        "without privacy; *federated* is the model of this card. The mean is weighted by training rows, over the sites "
+        "where a metric could be estimated.",
+        "",
+        "| site | metric | alone | federated |",
+        "|---|---|---:|---:|",
+    ]
+    for name, site in sorted(result.sites.items()):
+        lines += _rows(name, site.metrics.get("local_only", EMPTY), site.metrics.get("federated", EMPTY))
+    lines += _rows("**mean**", result.metrics.get("local_only", EMPTY), result.metrics.get("federated", EMPTY))
+    if pooled := result.metrics.get("pooled"):
+        lines += ["", "Trained on all rows in one place, for comparison: "]
+        lines[-1] += ", ".join(f"{name} {number(value)}" for name, value in pooled.items()) + "."
+    lines += ["", f"There is no picture of the rounds: {no_plot}." if no_plot else "![each site's rounds](rounds.png)"]
+    return lines
+
+
+def _rows(name: str, alone: Metrics, federated: Metrics) -> list[str]:
+    names = dict.fromkeys([*federated, *alone])
+    return [f"| {name} | {m} | {_cell(alone, m)} | {_cell(federated, m)} |" for m in names]
+
+
+def _cell(metrics: Metrics, name: str) -> str:
+    return number(metrics[name]) if name in metrics else "not measured"
+
+
+def _privacy(result: Result) -> list[str]:
+    stated = result.privacy
+    if stated is None:
+        return ["**No differential privacy.** Nothing bounds what the model reveals of the rows it was trained on."]
+    if result.engine == "simulation":
+        return [
+            "**This file is not private and must not be released.** It was simulated: its noise came from a seed that is "
+            "in this card, and can be subtracted. The statement below is what the same study gives in a deployment.",
+            "",
+            *_statement(stated, result),
+        ]
+    return _statement(stated, result)
+
+
+def _statement(stated: PrivacyResult, result: Result) -> list[str]:
+    costs = [f"| {name} | {spent(site.epsilon, result)} |" for name, site in sorted(result.sites.items())]
+    return [
+        f"**({at_most(stated.epsilon_max)}, {stated.delta:g})-differential privacy for one {stated.unit}**, at every site "
+        f"listed, over all rounds of this study.",
+        "",
+        f"- Unit: one {stated.unit}, in the data or replaced by nothing; how many rows there are is public. A person with "
+        "several records is protected less.",
+        f"- Accountant: {stated.accountant}. No amplification is claimed against the coordinator.",
+        f"- Covered: {stated.covers}.",
+        f"- **Not** covered: {stated.not_covered}.",
+        "- Who has records at several sites must add up the ε of those sites; so must whoever takes part in several "
+        "studies. Each site's own ledger holds its sum over all studies.",
+        "- A site whose reply did not count may have spent more than its last report says, never more than the plan.",
+        "",
+        "| site | ε spent |",
+        "|---|---:|",
+        *costs,
+    ]
+
+
+def _limits(result: Result) -> list[str]:
+    lines = [
+        "- Held-out parts are small: differences of a few hundredths are within chance. *Not estimable* means too few "
+        "held-out rows, or one class only; it does not mean zero.",
+        "- Sites differ in whom they see and how they record it; a site that did not take part may differ more. Measure "
+        "the model on local data before any use.",
+        "- A model trained on personal data is not anonymous by itself. Whoever releases it must assess that.",
+    ]
+    if result.dropped:
+        lost = ", ".join(f"{d['site']} in round {d['round']} ({d['code']})" for d in result.dropped[:20])
+        more = f", and {len(result.dropped) - 20} more (see `result.json`)" if len(result.dropped) > 20 else ""
+        lines.append(f"- Replies that did not count: {lost}{more}.")
+    return lines
+
+
+def _loading(result: Result) -> list[str]:
+    return [
+        f"`{result.model.path}`: {result.model.parameters:,} parameters, safetensors (data only, no code), SHA-256",
+        f"`{result.model.sha256}`.",
+        "",
+        "```python",
+        "from safetensors.torch import load_file",
+        "",
+        f'params = load_file("{result.model.path}")  # the state dict of the recipe\'s model',
+        "```",
+        "",
+        "Inputs must be prepared as the recipe's data contract says.",
+    ]

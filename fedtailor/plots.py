@@ -1,50 +1,73 @@
 """The picture of a run: how each site fared over the rounds."""
 
 import io
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedtailor.result import Result
 
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # distinct for the colour-blind
+MARKERS = "osD^vPX"  # and in print
 
 
-def rounds_png(result: Result, metric: str = "auroc") -> bytes | None:
-    """``metric`` at every site over the rounds, with what the site reached alone as a dashed line.
+class Curve(NamedTuple):
+    """One site's line."""
 
-    Returns None where matplotlib is not installed or no round was evaluated.
+    site: str
+    points: list[tuple[int, float]]  # rounds trained, metric
+    alone: float | None  # what the site reached without the others
+
+
+def rounds_png(result: Result) -> tuple[bytes | None, str]:
+    """A site's metric over the rounds, solid, and what the site reached alone, dashed.
+
+    Returns:
+        the picture and ``""``, or None and why there is none.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError:
-        return None
-    lines = {site: _line(result.history, site, metric) for site in result.sites}
-    lines = {site: points for site, points in lines.items() if points}
+        return None, "matplotlib is not installed: pip install 'fedtailor[plots]'"
+    metric, lines = curves(result)
     if not lines:
-        return None
-    figure = Figure(figsize=(7.2, 4.2), dpi=150, layout="constrained")
+        return None, "no metric was estimable at any site in any round"
+    figure = Figure(figsize=(7.6, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it keeps global state and looks for a display
     axes = figure.subplots()
-    for i, (site, points) in enumerate(sorted(lines.items())):
-        colour = PALETTE[i % len(PALETTE)]
-        axes.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, label=site)
-        alone = result.sites[site].metrics.get("local_only", {}).get(metric)
-        if alone is not None:
-            axes.axhline(alone, color=colour, linestyle="--", linewidth=1)
+    for i, line in enumerate(lines):
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
+        axes.plot(*zip(*line.points, strict=True), color=colour, marker=marker, markersize=3.5, lw=1.6, label=line.site)
+        if line.alone is not None:
+            axes.axhline(line.alone, color=colour, linestyle=(0, (5, 3)), linewidth=1, alpha=0.8, zorder=1)
+    axes.plot([], [], color="#555555", linestyle=(0, (5, 3)), linewidth=1, label="the site alone")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.set_xlabel("rounds")
-    axes.set_ylabel(f"{metric.upper()} on the site's held-out part")
-    axes.set_title(f"{result.study}: federated (solid) and trained alone (dashed)", loc="left", fontsize=11)
-    axes.legend(frameon=False, ncols=2)
-    axes.grid(alpha=0.25)
+    axes.margins(x=0.02, y=0.08)
+    axes.set_xlabel("rounds trained")
+    axes.set_ylabel(f"{metric.upper() if metric in ('auroc', 'auprc') else metric}, held-out rows of each site")
+    axes.set_title(f"{result.study}: each site's {metric} with the shared model", loc="left", fontsize=11)
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # never over a line
+    axes.grid(alpha=0.2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     out = io.BytesIO()
-    FigureCanvasAgg(figure)
     figure.savefig(out, format="png")
-    return out.getvalue()
+    return out.getvalue(), ""
 
 
-def _line(history: list[dict[str, Any]], site: str, metric: str) -> list[tuple[int, float]]:
+def curves(result: Result) -> tuple[str, list[Curve]]:
+    """What is drawn: AUROC where any site could estimate it, else the recipe's first metric that one could."""
+    names = dict.fromkeys(name for h in result.history for metrics in h["sites"].values() for name in metrics)
+    for metric in sorted(names, key=lambda name: name != "auroc"):  # stable: the others keep the recipe's order
+        found = [
+            Curve(site, _points(result.history, site, metric), one.metrics.get("local_only", {}).get(metric))
+            for site, one in sorted(result.sites.items())
+        ]
+        if lines := [curve for curve in found if curve.points]:
+            return metric, lines
+    return "", []
+
+
+def _points(history: list[dict[str, Any]], site: str, metric: str) -> list[tuple[int, float]]:
     points = [(h["round"], h["sites"].get(site, {}).get(metric)) for h in history]
     return [(round, value) for round, value in points if value is not None]

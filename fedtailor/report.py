@@ -6,73 +6,106 @@ from statistics import median
 from rich.table import Table
 
 from fedtailor import store
-from fedtailor.card import model_card
+from fedtailor.card import model_card, number, spent
+from fedtailor.errors import StoreError
 from fedtailor.plots import rounds_png
-from fedtailor.result import Result, model_bytes
+from fedtailor.result import Result
 from fedtailor.study import Plan
 from fedtailor.tree import Params
+
+HEADLINE = ("auroc", "accuracy")
 
 
 def write_run(folder: Path, *, result: Result, plan: Plan, params: Params, config_yaml: str) -> None:
     """Write ``model.safetensors``, ``rounds.png``, ``model_card.md``, ``config.yaml`` and, last, ``result.json``.
 
+    A folder with a ``result.json`` is complete; each file is there whole or not at all.
+
     Raises:
-        StoreError: if a file cannot be written; the ones before it are whole.
+        StoreError: if a file cannot be written, or the model on disk is not the one that ``result`` describes.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    store.write_bytes(folder / "model.safetensors", model_bytes(params), mode=0o644)
-    plot = rounds_png(result)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StoreError(f"{folder} cannot be made: {error.strerror}; choose another folder") from error
+    model = folder / result.model.path
+    store.write_pieces(model, store.safetensors(params), mode=0o644)
+    if store.digest(model) != result.model.sha256:
+        raise StoreError(f"{model} is not the model that the result describes; check the disk and write the run again")
+    plot, no_plot = rounds_png(result)
     if plot is not None:
         store.write_bytes(folder / "rounds.png", plot, mode=0o644)
-    store.write_text(folder / "model_card.md", model_card(result, plan, plot is not None), mode=0o644)
+    store.write_text(folder / "model_card.md", model_card(result, plan, no_plot), mode=0o644)
     store.write_text(folder / "config.yaml", config_yaml, mode=0o644)
     store.write_text(folder / "result.json", result.model_dump_json(by_alias=True, indent=1) + "\n", mode=0o644)
 
 
-def console_table(result: Result, budget: float | None = None) -> Table:
-    """Per site: AUROC and accuracy alone against federated, epsilon, traffic.
-
-    Args:
-        budget: the epsilon that each site allows, if it is known.
-    """
+def console_table(result: Result) -> Table:
+    """Per site: the headline metrics alone and federated, epsilon spent of the plan's, traffic of all rounds."""
     title = f"{result.study}: {result.rounds} rounds of {result.strategy}, {result.status}"
-    table = Table(title=title, caption=_caption(result))
+    table = Table(title=title, caption=_caption(result), caption_justify="left")
+    shown = headline(result)
     table.add_column("site", no_wrap=True)
-    for heading in ("rows", "AUROC\nalone → fed.", "accuracy\nalone → fed.", "ε\nspent", "bytes\nout", "bytes\nin"):
+    for heading in ("rows", *(f"{_title(name)}\nalone → fed." for name in shown), "ε\nspent", "sent", "received"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, site in sorted(result.sites.items()):
         alone, federated = site.metrics.get("local_only", {}), site.metrics.get("federated", {})
         table.add_row(
             name,
-            str(site.rows),
-            *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in ("auroc", "accuracy")),
-            _spent(site.epsilon, budget),
-            f"{site.bytes_sent:,}",
-            f"{site.bytes_received:,}",
+            f"{site.rows:,}",
+            *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in shown),
+            spent(site.epsilon, result),
+            *((_size(site.bytes_sent), _size(site.bytes_received)) if result.transport else ("–", "–")),
         )
     alone, federated = result.metrics.get("local_only", {}), result.metrics.get("federated", {})
     table.add_section()
     table.add_row(
-        "all, by rows",
-        str(sum(site.rows for site in result.sites.values())),
-        *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in ("auroc", "accuracy")),
+        "weighted mean",
+        f"{sum(site.rows for site in result.sites.values()):,}",
+        *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in shown),
     )
     return table
 
 
+def headline(result: Result) -> list[str]:
+    """The two metrics to show where there is no room for all: AUROC and accuracy, or the recipe's first two."""
+    names = list(dict.fromkeys(name for site in result.sites.values() for m in site.metrics.values() for name in m))
+    return [name for name in HEADLINE if name in names] or names[:2]
+
+
+def _title(metric: str) -> str:
+    return metric.upper() if metric in ("auroc", "auprc", "mae", "rmse") else metric
+
+
 def _short(value: float | None) -> str:
-    return "n/e" if value is None else f"{value:.3f}"
+    return "n/e" if value is None else number(value)
 
 
-def _spent(epsilon: float | None, budget: float | None) -> str:
-    if epsilon is None:
-        return "no DP"
-    return f"{epsilon:.3f}" + (f" of {budget:g}" if budget is not None else "")
+def _size(count: int) -> str:
+    size, unit = float(count), "B"
+    for larger in ("kB", "MB", "GB"):
+        if size < 1000:
+            break
+        size, unit = size / 1000, larger
+    return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
 def _caption(result: Result) -> str:
-    seconds = f"{median(result.timing.round_s):.2f} s a round (median)" if result.timing.round_s else "no rounds"
-    seconds += "; n/e: not estimable"
+    timing, lines = result.timing, []
+    if timing.round_s:
+        lines.append(
+            f"{median(timing.round_s):.2f} s a round (median of {len(timing.round_s)}), {timing.wall_s:.1f} s in all"
+        )
     if result.privacy is None:
-        return f"{seconds}; no differential privacy"
-    return f"{seconds}; ε per {result.privacy.unit} at δ = {result.privacy.delta:g}, PLD, the whole study"
+        lines.append("no differential privacy")
+    else:
+        note = " (simulated noise: do not release)" if result.engine == "simulation" else ""
+        lines.append(f"ε per {result.privacy.unit} at δ = {result.privacy.delta:g}, over the whole study, by PLD{note}")
+    shown = [
+        site.metrics[kind].get(m) for site in result.sites.values() for kind in site.metrics for m in headline(result)
+    ]
+    if None in shown:
+        lines.append("n/e: not estimable (too few held-out rows, or one class only)")
+    if result.dropped:
+        lines.append(f"{len(result.dropped)} replies did not count; the model card names them")
+    return "\n".join(lines)

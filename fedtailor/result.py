@@ -2,11 +2,11 @@
 
 import hashlib
 import platform
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, TypeAdapter
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt
 
 from fedtailor import store
 from fedtailor.recipe import Metrics
@@ -25,29 +25,25 @@ NOT_COVERED = (
 )
 
 
-_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+class Evaluated(Frozen):
+    """One evaluated round, in ``history``."""
 
-
-class Evaluated(TypedDict):
-    """One evaluated round: ``round`` is the number of rounds trained before it."""
-
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
-    round: NonNegativeInt
+    round: NonNegativeInt  # rounds trained before it
     sites: dict[str, Metrics]
     metrics: Metrics  # mean over the sites, weighted by training rows
 
 
-class Dropped(TypedDict):
-    """One reply that did not count, and the code word for why."""
+class Dropped(Frozen):
+    """One reply that did not count, in ``dropped``."""
 
-    __pydantic_config__ = _STRICT  # type: ignore[misc]
     round: NonNegativeInt
     site: str
-    code: str
+    code: str  # the word for why
 
 
-_check_history = TypeAdapter(list[Evaluated]).validate_python
-_check_dropped = TypeAdapter(list[Dropped]).validate_python
+def _checked(kind: type[Frozen]) -> Callable[[list[dict[str, Any]]], list[dict[str, Any]]]:
+    """Dicts stay dicts, as their makers keep them in checkpoints, but each must be a ``kind``."""
+    return lambda items: [kind.model_validate(item).model_dump() for item in items]
 
 
 class SiteResult(Frozen):
@@ -118,8 +114,8 @@ class Result(BaseModel):
     model: ModelFile
     versions: dict[str, str]
     status: Ending = "completed"
-    dropped: Annotated[list[dict[str, Any]], AfterValidator(_check_dropped)] = []  # each a Dropped
-    history: Annotated[list[dict[str, Any]], AfterValidator(_check_history)] = []  # each an Evaluated
+    dropped: Annotated[list[dict[str, Any]], AfterValidator(_checked(Dropped))] = []  # each a Dropped
+    history: Annotated[list[dict[str, Any]], AfterValidator(_checked(Evaluated))] = []  # each an Evaluated
 
 
 def weighted(by_site: Mapping[str, Metrics], rows: Mapping[str, int]) -> Metrics:
@@ -148,15 +144,15 @@ def privacy_result(privacy: RecordPrivacy, epsilon_max: float) -> PrivacyResult:
     )
 
 
-def model_pieces(params: Params) -> Iterator[bytes | memoryview]:
-    """The released file, piece by piece: parameters only, no metadata."""
-    return store.safetensors(params)
+def model_bytes(params: Params) -> bytes:
+    """The released file: parameters only, no metadata."""
+    return b"".join(store.safetensors(params))
 
 
 def model_file(params: Params) -> ModelFile:
     """How the released file will be described."""
     total = hashlib.sha256()
-    for piece in model_pieces(params):
+    for piece in store.safetensors(params):  # model_bytes, without a copy of the model
         total.update(piece)
     count = sum(p.numel() for p in params.values())
     return ModelFile(path="model.safetensors", sha256=total.hexdigest(), parameters=count)

@@ -38,7 +38,32 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     Raises:
         StoreError: naming the file and what to do.
     """
-    _replace(path, [data], mode)
+    write_pieces(path, [data], mode)
+
+
+def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0o600) -> None:
+    """:func:`write_bytes` of data that is better not held in memory at once."""
+    draft = path.with_name(f".{path.name}.draft")
+    try:
+        with os.fdopen(_open_alone(draft, mode), "wb") as file:
+            try:
+                for piece in pieces:
+                    file.write(piece)
+                file.flush()
+                os.fsync(file.fileno())
+                os.replace(draft, path)
+            except BaseException:
+                draft.unlink(missing_ok=True)
+                raise
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        _sync(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path} is written, but its folder cannot be synchronised ({error.strerror}): "
+            "it may not survive a power failure; mend the disk and write it again"
+        ) from error
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
@@ -61,7 +86,7 @@ def save_tree(path: Path, saved: Tree, metadata: dict[str, str]) -> None:
         StoreError: if it cannot be written; the old file is there unharmed.
     """
     flat = tree.flatten(saved)
-    _replace(path, safetensors(flat, metadata | {CHECKSUM: _checksum(flat, metadata)}), 0o600)
+    write_pieces(path, safetensors(flat, metadata | {CHECKSUM: _checksum(flat, metadata)}))
 
 
 def safetensors(flat: dict[str, Tensor], metadata: dict[str, str] | None = None) -> Iterator[bytes | memoryview]:
@@ -123,30 +148,6 @@ def digest(path: Path) -> str:
         raise StoreError(f"{path} cannot be read: {error.strerror}; restore it from a copy") from error
 
 
-def _replace(path: Path, pieces: Iterable[bytes | memoryview], mode: int) -> None:
-    draft = path.with_name(f".{path.name}.draft")
-    try:
-        with os.fdopen(_open_alone(draft, mode), "wb") as file:
-            try:
-                for piece in pieces:
-                    file.write(piece)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(draft, path)
-            except BaseException:
-                draft.unlink(missing_ok=True)
-                raise
-    except OSError as error:
-        raise _unwritable(path, error) from error
-    try:
-        _sync(path.parent)
-    except OSError as error:
-        raise StoreError(
-            f"{path} is written, but its folder cannot be synchronised ({error.strerror}): "
-            "it may not survive a power failure; mend the disk and write it again"
-        ) from error
-
-
 def _open_alone(draft: Path, mode: int) -> int:
     """Open and empty ``draft``, waiting for whoever writes it now.
 
@@ -191,7 +192,9 @@ def _unwritable(path: Path, error: OSError) -> StoreError:
 def _dtype(name: str, leaf: Tensor) -> str:
     if leaf.dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise StoreError(f"tensor {name!r} has dtype {leaf.dtype}, which cannot be stored; convert it to one of {known}")
+        raise StoreError(
+            f"tensor {name!r} has dtype {leaf.dtype}, which cannot be stored; convert it to one of {known}"
+        )
     return DTYPES[leaf.dtype]
 
 

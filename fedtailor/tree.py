@@ -65,6 +65,21 @@ def unflatten(flat: dict[str, Tensor]) -> Tree:
     return tree
 
 
+def step(params: Tree, delta: Tree, scale: Tensor | float) -> Tree:
+    """``params + scale * delta`` in the parameters' dtype, with no temporary copy where the dtypes agree."""
+    return map(lambda p, d: torch.add(p, d.to(p.dtype), alpha=float(scale)), params, delta)
+
+
+def lowered(tree: Tree, like: Tree) -> Tree:
+    """``tree`` in the dtypes of ``like``, leaf by leaf, emptying ``tree`` on the way: never two whole copies at once."""
+    out: Tree = {}
+    for key in list(tree):
+        leaf = tree.pop(key)
+        out[key] = lowered(leaf, like[key]) if isinstance(leaf, dict) else leaf.to(like[key].dtype)
+        del leaf
+    return out
+
+
 def norm(tree: Tree) -> Tensor:
     """The joint L2 norm of all leaves: a scalar."""
     return torch.stack([x.double().square().sum() for x in leaves(tree)]).sum().sqrt()

@@ -7,13 +7,11 @@ repeated round from what they stored, so no round counts twice and no privacy is
 import hashlib
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from safetensors.torch import save
-
 from fedtailor import recipe as recipes
-from fedtailor import tree, wire
+from fedtailor import store, tree, wire
 from fedtailor.config import build
 from fedtailor.errors import ConfigError, FedtailorError
 from fedtailor.events import Events
@@ -60,7 +58,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     state, progress = run.load(plan.digest()) or (strategy.init(start), Progress())
     events.emit("started", run=run.name, study=plan.study, round=progress.round, rounds=plan.rounds)
     run.write_status("running", progress.round)
-    tour = _Tour(run, plan, strategy, wire.summand_spec(plan, strategy, start), setting, events)
+    tour = _Tour(run, plan, strategy, wire.summand(plan, strategy, start), setting, events)
     setup_s, before = time.monotonic() - began, progress.wall_s
     try:
         while progress.round < plan.rounds and not setting.stop.is_set() and not setting.halt.is_set():
@@ -70,8 +68,13 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
             progress = noted(progress, plan, closed, progress.round, seconds)
             if closed.acc is None or len(closed.reports) < plan.quorum:
                 raise ConfigError(_no_quorum(plan, progress.round, closed), code="quorum")
-            state = strategy.apply(state, strategy.reduce.done(closed.acc), progress.round)
+            total = strategy.reduce.done(closed.acc)
             del closed
+            total = tree.lowered(
+                total, tour.like
+            )  # from the accumulator's float64: half the memory while it is applied
+            state = strategy.apply(state, total, progress.round)
+            del total
             progress = progress._replace(round=progress.round + 1, wall_s=before + time.monotonic() - began)
             run.save(state, progress, plan.digest())
             run.write_status("running", progress.round)
@@ -100,10 +103,9 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
 class _Tour:
     """Visits to all sites of one run, over one Flower run."""
 
-    def __init__(
-        self, run: Run, plan: Plan, strategy: Strategy, spec: wire.Spec, setting: Setting, events: Events
-    ) -> None:
-        self.run, self.plan, self.strategy, self.spec = run, plan, strategy, spec
+    def __init__(self, run: Run, plan: Plan, strategy: Strategy, like: Tree, setting: Setting, events: Events) -> None:
+        self.run, self.plan, self.strategy, self.like = run, plan, strategy, like
+        self.spec = wire.spec_of(like)
         self.setting, self.events = setting, events
         self.flower_run, self.task = setting.superlink.open_run()
         self.spool = run.folder / "spool"
@@ -121,12 +123,14 @@ class _Tour:
             evaluate=not train or round % plan.evaluation.every == 0,
             baseline=not train and plan.evaluation.baseline,
             plan=plan.canonical(),
-            cast_sha256=hashlib.sha256(save(cast)).hexdigest(),
+            cast_sha256=digest(store.safetensors(cast)),
         )
         sent: dict[str, int] = {}
 
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
-            payload = save(cast)  # made anew each time: held for the whole round it would cost a copy of the model
+            payload = b"".join(
+                store.safetensors(cast)
+            )  # made anew each time: held for the whole round it would cost a copy of the model
             ids = setting.superlink.push(self.flower_run, wire.record(visit, payload), nodes, ttl)
             setting.bell.ring()
             for name, node in setting.superlink.nodes().items():
@@ -169,6 +173,14 @@ class _Tour:
     def close(self) -> None:
         """End the Flower run and delete what is left of its messages."""
         self.setting.superlink.close_run(self.flower_run, self.task)
+
+
+def digest(pieces: Iterable[bytes | memoryview]) -> str:
+    """SHA-256, hexadecimal, of what need not be whole in memory."""
+    total = hashlib.sha256()
+    for piece in pieces:
+        total.update(piece)
+    return total.hexdigest()
 
 
 class _Either:

@@ -73,7 +73,9 @@ def assert_close(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-6) -> No
     one, other = tree.flatten(a), tree.flatten(b)
     assert one.keys() == other.keys()
     for path in one:
-        torch.testing.assert_close(one[path], other[path], rtol=rtol, atol=atol, msg=lambda text, p=path: f"{p}: {text}")
+        torch.testing.assert_close(
+            one[path], other[path], rtol=rtol, atol=atol, msg=lambda text, p=path: f"{p}: {text}"
+        )
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
@@ -109,7 +111,9 @@ def test_the_order_of_arrival_does_not_show(name: str) -> None:
     assert_close(ends[0], ends[2], rtol=1e-6, atol=1e-6)
 
 
-UNSORTED = pytest.mark.xfail(strict=True, reason="private() draws noise in the order of keys, which a file does not keep")
+UNSORTED = pytest.mark.xfail(
+    strict=True, reason="private() draws noise in the order of keys, which a file does not keep"
+)
 
 
 @pytest.mark.parametrize("name", [*SHIPPED, *(pytest.param(name, marks=UNSORTED) for name in PRIVATE)])

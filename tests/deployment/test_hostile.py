@@ -165,17 +165,30 @@ class Cheat(threading.Thread):
 
 def report(visit, **changed):
     salt, digest = secrets.token_hex(32), "0" * 64
-    fields = {"run": visit.run, "round": visit.round, "rows": 200, "train_rows": 134, "summand_sha256": digest, "salt": salt}
+    fields = {
+        "run": visit.run,
+        "round": visit.round,
+        "rows": 200,
+        "train_rows": 134,
+        "summand_sha256": digest,
+        "salt": salt,
+    }
     return Report(**(fields | changed))
 
 
 CHEATS = {
-    "nonfinite": lambda flat, visit: (save({k: torch.full_like(x, float("nan")) for k, x in flat.items()}), report(visit)),
+    "nonfinite": lambda flat, visit: (
+        save({k: torch.full_like(x, float("nan")) for k, x in flat.items()}),
+        report(visit),
+    ),
     "shape": lambda flat, visit: (save({k: x.reshape(1, *x.shape) for k, x in flat.items()}), report(visit)),
     "dtype": lambda flat, visit: (save({k: x.double() for k, x in flat.items()}), report(visit)),
     "keys": lambda flat, visit: (save(flat | {"delta/extra": torch.zeros(2)}), report(visit)),
     "format": lambda flat, visit: (b"\x80\x04pickle", report(visit)),
-    "oversized": lambda flat, visit: (save({k: torch.zeros(2**21) for k in flat} or {"x": torch.zeros(2**21)}), report(visit)),
+    "oversized": lambda flat, visit: (
+        save({k: torch.zeros(2**21) for k in flat} or {"x": torch.zeros(2**21)}),
+        report(visit),
+    ),
     "round": lambda flat, visit: (save(flat), report(visit, round=visit.round + 1)),
     "late": lambda flat, visit: (b"", None),
 }

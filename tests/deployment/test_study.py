@@ -32,7 +32,9 @@ def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy
     assert norm({name: deployed[name] - params[name] for name in params}) < 1e-5
     for site in deployment.sites:
         for kind in ("local_only", "federated"):
-            assert result["sites"][site]["metrics"][kind] == pytest.approx(simulated.sites[site].metrics[kind], rel=1e-4)
+            assert result["sites"][site]["metrics"][kind] == pytest.approx(
+                simulated.sites[site].metrics[kind], rel=1e-4
+            )
 
 
 def test_a_private_study_costs_what_it_says_and_its_folder_is_whole(deployment):

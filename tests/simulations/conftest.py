@@ -30,7 +30,12 @@ def sources() -> dict[str, DataSource]:
         a, b, noise, c = torch.randn(4, rows, generator=rng).clamp(-4, 4)
         ill = (a - b + 0.5 * noise > 0).int()
         codes = ["x" if value > (-0.5 if site == "west" else 0.5) else "y" for value in c]
-        table = {"a": [f"{v:.4f}" for v in a], "b": [f"{v:.4f}" for v in b], "c": codes, "ill": [str(int(v)) for v in ill]}
+        table = {
+            "a": [f"{v:.4f}" for v in a],
+            "b": [f"{v:.4f}" for v in b],
+            "c": codes,
+            "ill": [str(int(v)) for v in ill],
+        }
         found[site] = Loaded(table)
     return found
 

@@ -51,8 +51,6 @@ def test_it_reaches_the_optimum_that_drift_hides(strategy, reaches):
     memory = tree.stack([strategy.remember({"w": torch.tensor(0.0)})] * 2)
     batches = {"slope": slope, "target": target}
     for round in range(200):
-        state, memory = simulate_round(
-            strategy, train, state, memory, batches, torch.ones(2, 10), torch.ones(2), round
-        )
+        state, memory = simulate_round(strategy, train, state, memory, batches, torch.ones(2, 10), torch.ones(2), round)
     error = abs(state["params"]["w"].item() - 1.8)
     assert error < 1e-3 if reaches else error > 0.05
