@@ -152,8 +152,7 @@ def _statement(stated: PrivacyResult, result: Result) -> list[str]:
         f"**({at_most(stated.epsilon_max)}, {stated.delta:g})-differential privacy for one {stated.unit}**, at every site "
         f"listed, over all rounds of this study.",
         "",
-        f"- Unit: one {stated.unit}, in the data or replaced by nothing; how many rows there are is public. A person with "
-        "several records is protected less.",
+        *_unit(stated),
         f"- Accountant: {stated.accountant}. No amplification is claimed against the coordinator.",
         f"- Covered: {stated.covers}.",
         f"- **Not** covered: {stated.not_covered}.",
@@ -164,6 +163,15 @@ def _statement(stated: PrivacyResult, result: Result) -> list[str]:
         "| site | ε spent |",
         "|---|---:|",
         *costs,
+    ]
+
+
+def _unit(stated: PrivacyResult) -> list[str]:
+    if stated.unit == "site":
+        return ["- Unit: one site: its whole contribution, or none."]
+    return [
+        "- Unit: one record: the guarantee compares training with it and with a blank in its place; how many rows there "
+        "are is public. A person with k records is protected by about k times this ε."
     ]
 
 

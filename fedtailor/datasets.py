@@ -11,6 +11,8 @@ from fedtailor.errors import ConfigError
 from fedtailor.recipe import Table
 from fedtailor.sources import CsvSource, DataSource
 
+__all__ = ["csv_folder", "heart_disease"]  # what a config may name
+
 SITES = {"Cleveland": "cleveland", "Hungary": "hungary", "Switzerland": "switzerland", "VA Long Beach": "va"}
 CODES = {  # the package's words -> UCI's codes, column by column
     "sex": {"Female": "0", "Male": "1"},

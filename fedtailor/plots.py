@@ -40,12 +40,15 @@ def rounds_png(result: Result) -> tuple[bytes | None, str]:
         axes.plot(*zip(*line.points, strict=True), color=colour, marker=marker, markersize=3.5, lw=1.6, label=line.site)
         if line.alone is not None:
             axes.axhline(line.alone, color=colour, linestyle=(0, (5, 3)), linewidth=1, alpha=0.8, zorder=1)
-    axes.plot([], [], color="#555555", linestyle=(0, (5, 3)), linewidth=1, label="the site alone")
+    if any(line.alone is not None for line in lines):
+        axes.plot([], [], color="#555555", linestyle=(0, (5, 3)), linewidth=1, label="the site alone")
+    for site in sorted(set(result.sites) - {line.site for line in lines}):
+        axes.plot([], [], linestyle="none", label=f"{site}: not estimable")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02, y=0.08)
     axes.set_xlabel("rounds trained")
-    axes.set_ylabel(f"{metric.upper() if metric in ('auroc', 'auprc') else metric}, held-out rows of each site")
-    axes.set_title(f"{result.study}: each site's {metric} with the shared model", loc="left", fontsize=11)
+    axes.set_ylabel(f"{metric.upper() if metric in ('auroc', 'auprc') else metric} on the site's held-out rows")
+    axes.set_title(f"{result.study}: the shared model at each site", loc="left", fontsize=11)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # never over a line
     axes.grid(alpha=0.2)
     for side in ("top", "right"):
@@ -69,5 +72,6 @@ def curves(result: Result) -> tuple[str, list[Curve]]:
 
 
 def _points(history: list[dict[str, Any]], site: str, metric: str) -> list[tuple[int, float]]:
-    points = [(h["round"], h["sites"].get(site, {}).get(metric)) for h in history]
-    return [(round, value) for round, value in points if value is not None]
+    measured = [(h["round"], h["sites"].get(site, {}).get(metric)) for h in history]
+    points = [(round, value) for round, value in measured if value is not None]
+    return [point for point in points if point[0] > 0] or points  # the untrained model would only flatten the rest

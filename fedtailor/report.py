@@ -3,6 +3,7 @@
 from pathlib import Path
 from statistics import median
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedtailor import store
@@ -43,7 +44,7 @@ def write_run(folder: Path, *, result: Result, plan: Plan, params: Params, confi
 def console_table(result: Result) -> Table:
     """Per site: the headline metrics alone and federated, epsilon spent of the plan's, traffic of all rounds."""
     title = f"{result.study}: {result.rounds} rounds of {result.strategy}, {result.status}"
-    table = Table(title=title, caption=_caption(result), caption_justify="left")
+    table = Table(title=title, caption=_caption(result), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = headline(result)
     table.add_column("site", no_wrap=True)
     for heading in ("rows", *(f"{_title(name)}\nalone → fed." for name in shown), "ε\nspent", "sent", "received"):
@@ -60,7 +61,7 @@ def console_table(result: Result) -> Table:
     alone, federated = result.metrics.get("local_only", {}), result.metrics.get("federated", {})
     table.add_section()
     table.add_row(
-        "weighted mean",
+        "mean, by rows",
         f"{sum(site.rows for site in result.sites.values()):,}",
         *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in shown),
     )
@@ -107,5 +108,5 @@ def _caption(result: Result) -> str:
     if None in shown:
         lines.append("n/e: not estimable (too few held-out rows, or one class only)")
     if result.dropped:
-        lines.append(f"{len(result.dropped)} replies did not count; the model card names them")
+        lines.append(f"replies that did not count: {len(result.dropped)}; the model card names them")
     return "\n".join(lines)

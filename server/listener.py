@@ -1,6 +1,7 @@
 """The public listener: mutual TLS, the eight fleet routes a site needs, health, and nothing else."""
 
 import asyncio
+import gc
 import ssl
 import threading
 import time
@@ -31,6 +32,7 @@ FLEET = frozenset(
 )
 PULL = "/v1/fleet/pull-messages"
 PUSH = ("/v1/fleet/push-messages", "/v1/fleet/push-object")
+SWEEP = 48 * 1024 * 1024  # bytes after which what is no longer used is collected
 LIMIT = 8 * 1024 * 1024  # bytes of one request: Flower cuts arrays into chunks of 5 MiB
 
 
@@ -85,6 +87,7 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
     A poll that finds nothing is held until a message is there or ``patience`` seconds have passed, so that a site
     hears of a round at once and asks only a few times a minute between rounds.
     """
+    passed: list[int] = []  # bytes of requests and answers since the last sweep
     empty: dict[bytes, int] = {}  # a site's key -> what had been sent when its poll last found nothing
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,13 +108,8 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
         if not length.isdigit() or int(length) > LIMIT:  # a chunked body of unknown length is refused as well
             await _answer(send, 413)
             return
-        if path != PULL:
-            await app(scope, receive, send)
-            if path in PUSH:
-                bell.hear(path == PUSH[0])
-            return
         key = headers.get(b"flwr-public-key", b"")
-        if empty.get(key) == bell.sent:
+        if path == PULL and empty.get(key) == bell.sent:
             await bell.wait(bell.sent, patience)
         before, size = bell.sent, 0
 
@@ -121,9 +119,16 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
             await send(message)
 
         await app(scope, receive, measured)
-        if len(empty) > 10_000:
-            empty.clear()  # the key is not authenticated here: it must not fill the memory
-        empty[key] = before if size < 64 else -1  # a poll that brought a message is followed by one that does not wait
+        if path in PUSH:
+            bell.hear(path == PUSH[0])
+        if path == PULL:
+            if len(empty) > 10_000:
+                empty.clear()  # the key is not authenticated here: it must not fill the memory
+            empty[key] = before if size < 64 else -1  # a poll that brought a message is followed by one at once
+        passed.append(size + int(length))
+        if sum(passed) > SWEEP:
+            passed.clear()
+            gc.collect()  # the app's request objects are cycles: left to themselves they would hold every chunk
 
     return guarded
 

@@ -56,9 +56,11 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
     start = recipes.initial(recipe, plan.seed)
     state, progress = run.load(plan.digest()) or (strategy.init(start), Progress())
+    like = wire.summand(plan, strategy, start)
+    del start  # it would be a copy of the model that nobody needs
     events.emit("started", run=run.name, study=plan.study, round=progress.round, rounds=plan.rounds)
     run.write_status("running", progress.round)
-    tour = _Tour(run, plan, strategy, wire.summand(plan, strategy, start), setting, events)
+    tour = _Tour(run, plan, strategy, like, setting, events)
     setup_s, before = time.monotonic() - began, progress.wall_s
     try:
         while progress.round < plan.rounds and not setting.stop.is_set() and not setting.halt.is_set():

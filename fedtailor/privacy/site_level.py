@@ -47,8 +47,8 @@ def private(
         std, values = clip * noise_multiplier, {k: v for k, v in total.items() if k != "weight"}
         # without a key the Csprng is seeded, and so is reproducible but not secret
         secret = key or seeds.generator(seed, "site noise").initial_seed().to_bytes(32, "little")
-        rng = Csprng(secret).derive(f"site/{round}")
-        noisy = tree.map(lambda x: rng.add_normal(x, std), values)
-        return strategy.apply(state, noisy | {"weight": total["weight"] * 0 + cohort}, round)
+        rng = Csprng(secret).derive(f"site/{round}")  # and a stream of its own for each leaf: a file keeps no order
+        noisy = {path: rng.derive(path).add_normal(x, std) for path, x in tree.flatten(values).items()}
+        return strategy.apply(state, tree.unflatten(noisy) | {"weight": total["weight"] * 0 + cohort}, round)
 
     return strategy._replace(report=report, apply=apply)

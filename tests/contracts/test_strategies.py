@@ -111,12 +111,7 @@ def test_the_order_of_arrival_does_not_show(name: str) -> None:
     assert_close(ends[0], ends[2], rtol=1e-6, atol=1e-6)
 
 
-UNSORTED = pytest.mark.xfail(
-    strict=True, reason="private() draws noise in the order of keys, which a file does not keep"
-)
-
-
-@pytest.mark.parametrize("name", [*SHIPPED, *(pytest.param(name, marks=UNSORTED) for name in PRIVATE)])
+@pytest.mark.parametrize("name", ALL)
 def test_a_saved_state_gives_the_same_next_round(name: str) -> None:
     strategy, world = ALL[name], World()
     state, memories = world.start(strategy)

@@ -71,25 +71,35 @@ def test_a_bad_argument_of_a_recipe_is_named():
         build(load(["recipe.contract=hart"]).plan.recipe, Recipe)
 
 
-@pytest.mark.parametrize("target", ["shutil.rmtree", "os.system", "fedtailor_evil.strategy", "builtins.eval"])
+@pytest.mark.parametrize("target", ["shutil.rmtree", "os.system", "fedtailor_evil.strategy", "builtins.eval", "len"])
 def test_a_target_outside_the_trusted_modules_is_refused_before_it_is_imported(target):
     with pytest.raises(ConfigError, match="outside the trusted") as caught:
         build(Spec.model_validate({"_target_": target, "path": "/nowhere"}), Strategy)
     assert caught.value.code == "untrusted"
 
 
-@pytest.mark.xfail(strict=True, reason="build() lets Hydra resolve nested nodes and attributes of trusted modules")
-@pytest.mark.parametrize("way", ["nested", "through a module"])
+@pytest.mark.parametrize("way", ["nested", "deeply nested", "through a module", "through a factory's module"])
 def test_a_plan_cannot_smuggle_a_call(tmp_path, way):
     """A plan comes from the hub: what it names must be a factory of ours, not anything that can be reached from one."""
     witness = tmp_path / "called"
     call = {"_target_": "os.makedirs", "name": str(witness)}
     spec = {"_target_": "fedtailor.strategies.fedavg", "server_lr": call}
+    if way == "deeply nested":
+        spec["server_lr"] = [{"lr": call}]
     if way == "through a module":
         spec = call | {"_target_": "fedtailor.airgap.os.makedirs"}
+    if way == "through a factory's module":
+        spec = call | {"_target_": "fedtailor.datasets.store.os.makedirs"}
     with pytest.raises(ConfigError):
         build(Spec.model_validate(spec), Strategy)
     assert not witness.exists()
+
+
+@pytest.mark.parametrize("name", ["fedavgg", "__doc__", "import_module"])
+def test_a_name_that_a_trusted_module_does_not_offer_is_refused(name):
+    with pytest.raises(ConfigError, match="no such factory") as caught:
+        build(Spec.model_validate({"_target_": f"fedtailor.strategies.{name}"}), Strategy)
+    assert caught.value.code == "unknown"
 
 
 def test_a_factory_of_another_kind_is_refused():
