@@ -2,32 +2,26 @@
 
 import json
 import logging
-import shutil
+import os
 import signal
 import tempfile
 import threading
 import time
-from functools import partial
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from fedtailor import control, store, wire
 from fedtailor.client import airlock, inbox
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
-from fedtailor.client.ledger import Ledger, Reservation
-from fedtailor.client.site import Home, charge_of, judge
-from fedtailor.client.workshop import WorkerDied, Workshop
-from fedtailor.config import readable
-from fedtailor.errors import ConnectionFailed, FedtailorError, RefusedError, WireError
-from fedtailor.privacy.accounting import Cap, epsilon
-from fedtailor.study import Plan
+from fedtailor.client.ledger import Ledger
+from fedtailor.client.site import Home
+from fedtailor.client.visits import Visits
+from fedtailor.client.workshop import WorkerStopped, Workshop
+from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
 from fedtailor.wire import Visit
 
 log = logging.getLogger("fedtailor.client")
-TRIES = 3  # how often work is begun again when the training process dies
 
 
 class Daemon:
@@ -55,6 +49,7 @@ class Daemon:
             self.fleet = Fleet(self.config.server, self.config.keys)
             self.ledger = Ledger(self.home.state / "ledger.db")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
+            self.visits = Visits(self.config, self.home, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
             methods: dict[str, control.Method] = {
                 "Status": self._status,
@@ -72,8 +67,7 @@ class Daemon:
                 ),
             ]
             try:
-                with self.workshop.lock:
-                    self.workshop.start()
+                self.workshop.start()
                 import fedtailor.recipes  # here, not in the first round: the airlock builds recipes as well
                 import fedtailor.strategies  # noqa: F401
 
@@ -132,6 +126,7 @@ class Daemon:
                 limit = self.config.policy.max_download_mb * 2**20
                 head, _ = wire.pour(root, self.fleet.fetch(envelope), sink, limit)
                 sink.flush()
+                os.fsync(sink.fileno())
             except WireError as error:
                 payload.unlink(missing_ok=True)
                 log.warning("a message was dropped: %s", error)
@@ -176,7 +171,7 @@ class Daemon:
             visit = wire.parse_head(Visit, entry.head())
             found = inbox.stored(self.home.outbox, visit)
             if found is None:
-                self._perform(entry, visit)
+                self.visits.perform(entry, visit)
                 found = inbox.stored(self.home.outbox, visit)
                 assert found is not None
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
@@ -198,84 +193,6 @@ class Daemon:
             airlock.decline(self.fleet, envelope, code, self.egress)
         except Closed:
             pass
-
-    def _perform(self, entry: Entry, visit: Visit) -> None:
-        """Judge, reserve, train, and pass the airlock into the outbox."""
-        try:
-            plan = Plan.parse(visit.plan)
-        except ValidationError as error:
-            raise RefusedError(f"the plan is malformed: {readable(error)}", code="plan") from error
-        judge(self.config, plan)
-        self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
-        data = self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True))
-        self.state["data"] = data
-        reservation = self._reserve(plan, visit, data["fingerprint"])
-        inbox.tidy(self.home.outbox, visit)
-        out = self.home.state / f".work-{inbox.key_of(visit)}"
-        request = {
-            "entry": str(entry.folder),
-            "out": str(out),
-            "key": reservation.key.hex() if reservation and reservation.key else None,
-            "memory": str(memory) if (memory := self._memory(visit)) else None,
-        }
-        for attempt in range(TRIES):
-            shutil.rmtree(out, ignore_errors=True)
-            try:
-                self.workshop.ask(op="visit", **request)
-                break
-            except WorkerDied as error:
-                if self.stop.is_set():
-                    raise WorkerStopped from error
-                log.warning("%s; try %d of %d", error, attempt + 1, TRIES)
-                if attempt == TRIES - 1:
-                    raise
-        if (out / "memory.safetensors").exists():
-            kept = self.home.memory / visit.run
-            kept.mkdir(mode=0o700, exist_ok=True)
-            (out / "memory.safetensors").replace(kept / f"{visit.round:06d}.safetensors")
-        spent = self._spent(plan, visit)
-        airlock.admit(
-            out,
-            self.home.outbox,
-            visit,
-            self.config.policy,
-            epsilon=spent,
-            test_rows=data["test_rows"],
-            reservation=reservation.id if reservation else None,
-        )
-        shutil.rmtree(out, ignore_errors=True)
-
-    def _reserve(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:
-        charge = charge_of(plan)
-        if charge is None or plan.privacy is None or not visit.train:
-            return None
-        cap = Cap(self.config.policy.epsilon, plan.privacy.delta)
-        reserve = partial(
-            self.ledger.reserve,
-            account=self.config.data.name,
-            fingerprint=fingerprint,
-            study=visit.run,
-            visit=inbox.key_of(visit),
-            charge=charge,
-            cap=cap,
-        )
-        reservation = reserve()
-        if reservation.key is None:  # it was settled, but its answer is gone from the outbox: this is a new release
-            reservation = reserve(again=True)
-        return reservation
-
-    def _memory(self, visit: Visit) -> Path | None:
-        """What a stateful strategy kept here after the last round before this one."""
-        files = sorted((self.home.memory / visit.run).glob("*.safetensors"))
-        earlier = [path for path in files if int(path.stem) < visit.round]
-        return earlier[-1] if earlier else None
-
-    def _spent(self, plan: Plan, visit: Visit) -> float | None:
-        """The run's epsilon on this data set, over every round that was reserved for it."""
-        if plan.privacy is None:
-            return None
-        charges = [entry.charge for entry in self.ledger.statement() if entry.study == visit.run]
-        return epsilon(charges, plan.privacy.delta)
 
     # --- what the site's people may ask ---
 
@@ -300,7 +217,3 @@ class Daemon:
     def _egress(self, _: dict[str, Any]) -> dict[str, Any]:
         lines = self.egress.read_text().splitlines() if self.egress.exists() else []
         return {"rows": [json.loads(line) for line in lines]}
-
-
-class WorkerStopped(Exception):
-    """The training process was ended because the daemon is stopping."""

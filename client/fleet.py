@@ -49,13 +49,14 @@ class Envelope(NamedTuple):
 
     flower_run: int
     message_id: str
-    created_at: float
+    created_at: float  # by the coordinator's clock, which may differ from ours
     ttl: float
+    received_at: float  # by our clock
 
     @property
     def expires(self) -> float:
-        """Seconds since the epoch after which nobody waits for an answer."""
-        return self.created_at + self.ttl
+        """Seconds since the epoch, by our clock, after which nobody waits for an answer."""
+        return self.received_at + self.ttl
 
 
 class Closed(Exception):
@@ -129,7 +130,7 @@ class Fleet:
         if not answer.messages_list:
             return None
         meta = message_from_proto(answer.messages_list[0]).metadata
-        return Envelope(meta.run_id, meta.message_id, meta.created_at, meta.ttl), meta.message_id
+        return Envelope(meta.run_id, meta.message_id, meta.created_at, meta.ttl, time.time()), meta.message_id
 
     def fetch(self, envelope: Envelope) -> Callable[[str], bytes]:
         """How to read an object of a message."""
@@ -170,9 +171,9 @@ class Fleet:
             ConnectionFailed: if it cannot be reached; the reply may be sent again.
         """
         assert self.node is not None
-        ttl = max(envelope.expires - time.time(), 1.0)
+        # The times are the question's own: it is by the coordinator's clock that the answer is late or not.
         meta = Metadata(envelope.flower_run, "", self.node.node_id, SUPERLINK_NODE_ID, envelope.message_id, "",
-                        time.time(), ttl, "train")  # fmt: skip
+                        envelope.created_at, envelope.ttl, "train")  # fmt: skip
         if isinstance(content, str):
             message = make_message(meta, error=Error(REFUSED, content))
         else:

@@ -6,6 +6,7 @@ It speaks JSON lines on its standard input and output with the daemon that start
 import ctypes
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -87,6 +88,7 @@ class Worker:
         meta = Metadata(1, entry.name, 1, 2, "", "", time.time(), 3600.0, "train")
         context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
         reply = client_app(performed)(make_message(meta, content), context)
+        shutil.rmtree(out, ignore_errors=True)  # of a worker that died here
         out.mkdir(mode=0o700, parents=True)
         if kept[0].memory:
             store.save_tree(out / "memory.safetensors", kept[0].memory, {})

@@ -1,6 +1,7 @@
 """The daemon's side of the training process: start it, keep it warm, start it again when it dies."""
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -11,6 +12,8 @@ from typing import IO, Any
 from fedtailor.client.site import SiteConfig
 from fedtailor.errors import FedtailorError
 
+log = logging.getLogger("fedtailor.client")
+TRIES = 3  # how often a request is made again when the training process dies in it
 SAFE = (
     "PATH",
     "LANG",
@@ -31,13 +34,18 @@ class WorkerDied(FedtailorError):
     code = "worker"
 
 
+class WorkerStopped(Exception):
+    """The training process was ended because the daemon is stopping."""
+
+
 class Workshop:
-    """One training process. Not to be shared between threads without :attr:`lock`."""
+    """One training process, started again when it dies. It does one thing at a time, whichever thread asks."""
 
     def __init__(self, config: SiteConfig, log: Path) -> None:
         self.config, self.log = config, log
         self.process: subprocess.Popen[str] | None = None
         self.lock = threading.Lock()
+        self.closed = False
 
     @property
     def pid(self) -> int | None:
@@ -45,10 +53,14 @@ class Workshop:
         return self.process.pid if self.process and self.process.poll() is None else None
 
     def start(self) -> None:
-        """Start the process if it does not run."""
+        """Start the process, so that the first request need not wait for it."""
+        with self.lock:
+            self._start()
+
+    def _start(self) -> None:
         if self.pid is not None:
             return
-        self.stop()
+        self._end()
         environment = {name: os.environ[name] for name in SAFE if name in os.environ}  # no proxy password, no token
         command = [sys.executable, "-m", "fedtailor.client.worker"]
         with self.log.open("a") as log:
@@ -65,15 +77,27 @@ class Workshop:
         )
 
     def ask(self, *, op: str, **request: Any) -> dict[str, Any]:
-        """Send one request and wait for its answer.
+        """Make a request and wait for its answer; where the process dies in it, again, with a new process.
 
         Raises:
-            WorkerDied: if the process ended; the next call starts a new one.
+            WorkerDied: if the process ended each time.
+            WorkerStopped: after :meth:`stop`.
             FedtailorError: what the process answered.
         """
         with self.lock:
-            self.start()
-            return self._ask(op=op, **request)
+            for attempt in range(1, TRIES + 1):
+                if self.closed:
+                    raise WorkerStopped
+                try:
+                    self._start()
+                    return self._ask(op=op, **request)
+                except WorkerDied as error:
+                    if self.closed:
+                        raise WorkerStopped from error
+                    log.warning("%s; try %d of %d", error, attempt, TRIES)
+                    if attempt == TRIES:
+                        raise
+        raise AssertionError("unreachable")
 
     def _ask(self, *, op: str, **request: Any) -> dict[str, Any]:
         assert self.process is not None
@@ -94,12 +118,19 @@ class Workshop:
         return answer
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process for good; a request that is under way ends with :class:`WorkerStopped`."""
+        self.closed = True
         if self.process is not None:
-            for pipe in (self.process.stdin, self.process.stdout):
-                _close(pipe)
+            self.process.kill()
+        with self.lock:  # whoever was waiting for its answer has heard
+            self._end()
+
+    def _end(self) -> None:
+        if self.process is not None:
             self.process.kill()
             self.process.wait()
+            for pipe in (self.process.stdin, self.process.stdout):
+                _close(pipe)
             self.process = None
 
 
