@@ -1,0 +1,101 @@
+"""One visit of the coordinator, from the plan that it names to an answer in the outbox: judge, reserve, train, admit."""
+
+import shutil
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from fedtailor.client import airlock, inbox
+from fedtailor.client.inbox import Entry
+from fedtailor.client.ledger import Ledger, Reservation
+from fedtailor.client.site import Home, SiteConfig, charge_of, judge
+from fedtailor.client.workshop import Workshop
+from fedtailor.config import readable
+from fedtailor.errors import RefusedError
+from fedtailor.privacy.accounting import Cap, epsilon
+from fedtailor.study import Plan
+from fedtailor.wire import Visit
+
+
+class Visits:
+    """What a site does when it is asked. ``state`` is told what is going on, for people who look."""
+
+    def __init__(
+        self, config: SiteConfig, home: Home, ledger: Ledger, workshop: Workshop, state: dict[str, Any]
+    ) -> None:
+        self.config, self.home, self.ledger, self.workshop, self.state = config, home, ledger, workshop, state
+
+    def perform(self, entry: Entry, visit: Visit) -> None:
+        """Do the visit's work and leave its answer in the outbox. Done again after a crash, it is the same answer.
+
+        Raises:
+            RefusedError: if the policy, the budget or the airlock says no; nothing is in the outbox then.
+        """
+        try:
+            plan = Plan.parse(visit.plan)
+        except (ValidationError, ValueError) as error:
+            text = readable(error) if isinstance(error, ValidationError) else str(error)
+            raise RefusedError(f"the plan is malformed: {text}", code="plan") from error
+        judge(self.config, plan)
+        self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
+        data = self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True))
+        self.state["data"] = data
+        reservation = self._reserve(plan, visit, data["fingerprint"])
+        inbox.tidy(self.home.outbox, visit)
+        out = self.home.state / f".work-{inbox.key_of(visit)}"
+        memory = self._memory(visit)
+        self.workshop.ask(
+            op="visit",
+            entry=str(entry.folder),
+            out=str(out),
+            key=reservation.key.hex() if reservation and reservation.key else None,
+            memory=str(memory) if memory else None,
+        )
+        if (out / "memory.safetensors").exists():
+            kept = self.home.memory / visit.run
+            kept.mkdir(mode=0o700, exist_ok=True)
+            (out / "memory.safetensors").replace(kept / f"{visit.round:06d}.safetensors")
+        airlock.admit(
+            out,
+            self.home.outbox,
+            visit,
+            self.config.policy,
+            epsilon=self._spent(plan, visit),
+            test_rows=data["test_rows"],
+            reservation=reservation.id if reservation else None,
+        )
+        shutil.rmtree(out, ignore_errors=True)
+
+    def _reserve(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:
+        charge = charge_of(plan)
+        if charge is None or plan.privacy is None or not visit.train:
+            return None
+        cap = Cap(self.config.policy.epsilon, plan.privacy.delta)
+        reserve = partial(
+            self.ledger.reserve,
+            account=self.config.data.name,
+            fingerprint=fingerprint,
+            study=visit.run,
+            visit=inbox.key_of(visit),
+            charge=charge,
+            cap=cap,
+        )
+        reservation = reserve()
+        if reservation.key is None:  # it was settled, but its answer is gone from the outbox: this is a new release
+            reservation = reserve(again=True)
+        return reservation
+
+    def _memory(self, visit: Visit) -> Path | None:
+        """What a stateful strategy kept here after the last round before this one."""
+        files = sorted((self.home.memory / visit.run).glob("*.safetensors"))
+        earlier = [path for path in files if int(path.stem) < visit.round]
+        return earlier[-1] if earlier else None
+
+    def _spent(self, plan: Plan, visit: Visit) -> float | None:
+        """The run's epsilon on this data set, over every round that was reserved for it."""
+        if plan.privacy is None:
+            return None
+        charges = [entry.charge for entry in self.ledger.statement() if entry.study == visit.run]
+        return epsilon(charges, plan.privacy.delta)
