@@ -7,7 +7,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from fedtailor import store
-from fedtailor.card import model_card, number, spent
+from fedtailor.card import at_most, model_card, number
 from fedtailor.errors import StoreError
 from fedtailor.plots import rounds_png
 from fedtailor.result import Result
@@ -47,7 +47,9 @@ def console_table(result: Result) -> Table:
     table = Table(title=title, caption=_caption(result), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = headline(result)
     table.add_column("site", no_wrap=True)
-    for heading in ("rows", *(f"{_title(name)}\nalone → fed." for name in shown), "ε\nspent", "sent", "received"):
+    budget = result.privacy.epsilon_budget if result.privacy else None
+    cost = "ε spent" + ("" if budget is None else f"\nof {budget:g}")
+    for heading in ("rows", *(f"{_title(name)}\nalone → fed." for name in shown), cost, "bytes\nout", "bytes\nin"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, site in sorted(result.sites.items()):
         alone, federated = site.metrics.get("local_only", {}), site.metrics.get("federated", {})
@@ -55,7 +57,7 @@ def console_table(result: Result) -> Table:
             name,
             f"{site.rows:,}",
             *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in shown),
-            spent(site.epsilon, result),
+            "no DP" if site.epsilon is None else at_most(site.epsilon),
             *((_size(site.bytes_sent), _size(site.bytes_received)) if result.transport else ("–", "–")),
         )
     alone, federated = result.metrics.get("local_only", {}), result.metrics.get("federated", {})

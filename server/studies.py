@@ -128,6 +128,7 @@ class _Tour:
             cast_sha256=digest(store.safetensors(cast)),
         )
         sent: dict[str, int] = {}
+        head = len(visit.model_dump_json())
 
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
             payload = b"".join(
@@ -137,7 +138,7 @@ class _Tour:
             setting.bell.ring()
             for name, node in setting.superlink.nodes().items():
                 if node.node_id in ids:
-                    sent[name] = sent.get(name, 0) + len(payload)
+                    sent[name] = sent.get(name, 0) + len(payload) + head
             return ids
 
         stream = answers(
