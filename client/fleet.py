@@ -207,7 +207,7 @@ class Fleet:
                     if not stored.stored:
                         raise Closed
         except httpx.HTTPStatusError as error:
-            if error.response.status_code in (502, 503, 504):
+            if error.response.status_code >= 500:  # its disk is full, or a proxy lost it: it may be sent again
                 raise ConnectionFailed(explain(error, self.server)) from error
             raise Closed from error
         except httpx.HTTPError as error:

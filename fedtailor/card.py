@@ -1,6 +1,7 @@
 """The model card: what a hospital and a regulator must know of a released model."""
 
 import math
+from decimal import Decimal
 
 import yaml
 
@@ -44,7 +45,8 @@ def at_most(epsilon: float) -> str:
     >>> at_most(1.0001)
     '1.001'
     """
-    return f"{math.ceil(epsilon * 1000 - 1e-6) / 1000:.3f}"
+    thousandths = math.ceil(Decimal(str(epsilon)) * 1000)  # decimal: 0.07 is 0.070, not 0.071
+    return f"{thousandths // 1000}.{thousandths % 1000:03d}"
 
 
 def spent(epsilon: float | None, result: Result) -> str:

@@ -107,7 +107,7 @@ def check(contract: Contract, table: Table) -> list[Row]:
     """
     problems = list(_columns(contract, table))
     if problems:
-        raise ContractError("; ".join(problems))
+        raise ContractError(_told(problems))
     readers = [_reader(column) for column in contract.columns]
     rows: list[Row] = []
     count = len(table[contract.label.name])
@@ -126,12 +126,11 @@ def check(contract: Contract, table: Table) -> list[Row]:
             label = 0.0
         if subjects is not None and not subjects[i]:
             problems.append(f"{contract.subject}, row {i + 1}: the subject is missing; every row needs one")
-        if len(problems) >= MOST_PROBLEMS:
-            problems.append("and perhaps more: only the first ten are told")
+        if len(problems) > MOST_PROBLEMS:
             break
         rows.append(Row(tuple(values), label, subjects[i] if subjects is not None else None))
     if problems:
-        raise ContractError("; ".join(problems))
+        raise ContractError(_told(problems))
     if count < contract.min_rows:
         raise ContractError(f"{count} rows; the contract {contract.name!r} asks for at least {contract.min_rows}")
     return rows
@@ -146,23 +145,28 @@ def _columns(contract: Contract, table: Table) -> Iterator[str]:
             yield f"column {name!r} is missing" + (f"; rename {near[0]!r}, if that is it" if near else "")
 
 
-def _text(code: Code) -> str:
-    if isinstance(code, bool):
-        return str(code).lower()
-    return f"{code:g}" if isinstance(code, int | float) else code.strip().lower()
+def _told(problems: list[str]) -> str:
+    more = ["and more: only the first ten are told"] if len(problems) > MOST_PROBLEMS else []
+    return "; ".join(problems[:MOST_PROBLEMS] + more)
 
 
-def _same(cell: str) -> str:
-    """A cell as codes are written: ``1.0`` and ``1`` are one code, case does not matter."""
+def _same(cell: Code) -> str:
+    """A cell or a code, written one way: ``1.0``, ``01`` and ``1`` are one code, and case does not matter."""
+    text = str(cell).strip().lower()
     try:
-        return f"{float(cell):g}"
+        return str(int(text))  # exactly: codes of 18 digits are in use
     except ValueError:
-        return cell.strip().lower()
+        pass
+    try:
+        value = float(text)
+    except ValueError:
+        return text
+    return str(int(value)) if value.is_integer() else repr(value)
 
 
 def _reader(column: Column) -> Callable[[str], float | None]:
-    missing = {"", *(_text(code) for code in column.missing)}
-    codes = {_text(code): float(i) for i, code in enumerate(column.codes)}
+    missing = {"", *(_same(code) for code in column.missing)}
+    codes = {_same(code): float(i) for i, code in enumerate(column.codes)}
 
     def read(cell: str) -> float | None:
         same = _same(cell)
@@ -190,9 +194,9 @@ def _reader(column: Column) -> Callable[[str], float | None]:
 
 def _label(label: Label, cell: str) -> float:
     same = _same(cell)
-    if same in {_text(code) for code in label.positive}:
+    if same in {_same(code) for code in label.positive}:
         return 1.0
-    if same in {_text(code) for code in label.negative}:
+    if same in {_same(code) for code in label.negative}:
         return 0.0
     if not same:
         raise ValueError("the label is missing; leave such a row out")

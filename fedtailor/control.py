@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
+from urllib.parse import quote
 
 import grpc
 from google.protobuf.wrappers_pb2 import StringValue
@@ -25,6 +26,7 @@ Json = dict[str, Any]
 Method = Callable[[Json], Json]
 Stream = Callable[[Json], Iterator[Json]]
 PREFIX = "fedtailor.control.v1."
+LONGEST_ERROR = 6000  # bytes; it travels in a header, and gRPC may refuse those of more than 8 KiB
 
 
 def socket_of(home: Path) -> Path:
@@ -67,7 +69,7 @@ def serve(socket: Path, service: str, methods: Mapping[str, Method], streams: Ma
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     mask = os.umask(0o177)  # the socket is born with mode 0600
     try:
-        server.add_insecure_port(f"unix:{socket}")
+        server.add_insecure_port(_address(socket))
         server.start()
     finally:
         os.umask(mask)
@@ -117,7 +119,12 @@ def alive(socket: Path) -> bool:
 
 def _channel(socket: Path) -> grpc.Channel:
     options = [("grpc.enable_http_proxy", 0), ("grpc.default_authority", "localhost")]
-    return grpc.insecure_channel(f"unix:{socket}", options=options)
+    return grpc.insecure_channel(_address(socket), options=options)
+
+
+def _address(socket: Path) -> str:
+    """gRPC reads it as a URI: ``#``, ``?`` and ``%`` in a path would otherwise lead elsewhere."""
+    return f"unix:{quote(str(socket))}"
 
 
 def _codec() -> dict[str, Any]:
@@ -155,7 +162,10 @@ def _stream(fn: Stream) -> Callable[[StringValue, grpc.ServicerContext], Iterato
 
 def _said(error: FedtailorError) -> str:
     kind = type(error).__name__ if hasattr(errors, type(error).__name__) else "FedtailorError"
-    return json.dumps({"kind": kind, "code": error.code, "text": str(error)})
+    text = str(error)
+    if len(json.dumps(text)) > LONGEST_ERROR:
+        text = f"{text[: LONGEST_ERROR // 12]}…"  # an escaped character takes up to 12
+    return json.dumps({"kind": kind, "code": error.code, "text": text})
 
 
 def _reraised(error: grpc.RpcError, socket: Path) -> FedtailorError:

@@ -59,7 +59,7 @@ def load_key(path: Path) -> ec.EllipticCurvePrivateKey:
         if os.stat(path).st_mode & 0o077:
             raise ConfigError(f"{path} can be read by others; run: chmod 600 {path}")
         key = serialization.load_pem_private_key(path.read_bytes(), None)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:  # TypeError: it is encrypted
         raise ConfigError(f"{path} is not a readable private key: {error}") from error
     if not isinstance(key, ec.EllipticCurvePrivateKey):
         raise ConfigError(f"{path} is not an elliptic-curve key")

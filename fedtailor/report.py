@@ -10,6 +10,7 @@ from fedtailor import store
 from fedtailor.card import at_most, model_card, number
 from fedtailor.errors import StoreError
 from fedtailor.plots import rounds_png
+from fedtailor.recipe import Metrics
 from fedtailor.result import Result
 from fedtailor.study import Plan
 from fedtailor.tree import Params
@@ -27,6 +28,8 @@ def write_run(folder: Path, *, result: Result, plan: Plan, params: Params, confi
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for stale in ("result.json", "rounds.png"):  # of an earlier run: they would describe another model
+            (folder / stale).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} cannot be made: {error.strerror}; choose another folder") from error
     model = folder / result.model.path
@@ -56,7 +59,7 @@ def console_table(result: Result) -> Table:
         table.add_row(
             name,
             f"{site.rows:,}",
-            *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in shown),
+            *(f"{_short(alone, m)} → {_short(federated, m)}" for m in shown),
             "no DP" if site.epsilon is None else at_most(site.epsilon),
             *((_size(site.bytes_sent), _size(site.bytes_received)) if result.transport else ("–", "–")),
         )
@@ -65,7 +68,7 @@ def console_table(result: Result) -> Table:
     table.add_row(
         "mean, by rows",
         f"{sum(site.rows for site in result.sites.values()):,}",
-        *(f"{_short(alone.get(m))} → {_short(federated.get(m))}" for m in shown),
+        *(f"{_short(alone, m)} → {_short(federated, m)}" for m in shown),
     )
     return table
 
@@ -80,8 +83,10 @@ def _title(metric: str) -> str:
     return metric.upper() if metric in ("auroc", "auprc", "mae", "rmse") else metric
 
 
-def _short(value: float | None) -> str:
-    return "n/e" if value is None else number(value)
+def _short(metrics: Metrics, name: str) -> str:
+    if name not in metrics:
+        return "–"  # not measured
+    return "n/e" if metrics[name] is None else number(metrics[name])
 
 
 def _size(count: int) -> str:
@@ -105,7 +110,7 @@ def _caption(result: Result) -> str:
         note = " (simulated noise: do not release)" if result.engine == "simulation" else ""
         lines.append(f"ε per {result.privacy.unit} at δ = {result.privacy.delta:g}, over the whole study, by PLD{note}")
     shown = [
-        site.metrics[kind].get(m) for site in result.sites.values() for kind in site.metrics for m in headline(result)
+        site.metrics[kind].get(m, 0.0) for site in result.sites.values() for kind in site.metrics for m in headline(result)
     ]
     if None in shown:
         lines.append("n/e: not estimable (too few held-out rows, or one class only)")

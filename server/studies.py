@@ -5,6 +5,7 @@ repeated round from what they stored, so no round counts twice and no privacy is
 """
 
 import hashlib
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 from fedtailor import recipe as recipes
 from fedtailor import store, tree, wire
 from fedtailor.config import build
-from fedtailor.errors import ConfigError, FedtailorError
+from fedtailor.errors import ConfigError, FedtailorError, StoreError
 from fedtailor.events import Events
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
@@ -28,6 +29,8 @@ from fedtailor.study import Plan
 from fedtailor.tree import Tree
 from fedtailor.wire import Visit
 
+log = logging.getLogger("fedtailor.server")
+
 
 class Setting(NamedTuple):
     """What a run is executed with."""
@@ -41,14 +44,24 @@ class Setting(NamedTuple):
 
 
 def execute(run: Run, setting: Setting) -> None:
-    """Run a study from its last checkpoint to its end, and write the result. Never raises: a run fails by status."""
+    """Run a study from its last checkpoint to its end, and write the result. Never raises: a run fails by status.
+
+    A failed run keeps its last checkpoint, and its sites keep their answers: once what failed it is mended, it is taken
+    up again where it was (``fedtailor server submit --resume``).
+    """
     events = Events(run.folder / "events.jsonl", [setting.watch])
     try:
         _execute(run, setting, events)
     except Exception as error:  # whatever it was, the run ends with a readable word and the coordinator goes on
         detail = str(error) if isinstance(error, FedtailorError) else f"{type(error).__name__}: {error}"
+        log.error("%s failed: %s", run.name, detail, exc_info=not isinstance(error, FedtailorError | OSError))
         events.emit("finished", run=run.name, status="failed", detail=detail)
-        run.write_status("failed", run.status().round, detail)
+        try:
+            run.write_status("failed", run.status().round, detail)
+        except (
+            StoreError
+        ) as also:  # a full disk: the run stays as it was, and resumes when the coordinator starts again
+            log.error("%s: its status cannot be written either: %s", run.name, also)
 
 
 def _execute(run: Run, setting: Setting, events: Events) -> Progress:
