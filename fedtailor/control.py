@@ -124,7 +124,7 @@ def _channel(socket: Path) -> grpc.Channel:
 
 def _address(socket: Path) -> str:
     """gRPC reads it as a URI: ``#``, ``?`` and ``%`` in a path would otherwise lead elsewhere."""
-    return f"unix:{quote(str(socket))}"
+    return f"unix:{quote(os.fsencode(socket))}"
 
 
 def _codec() -> dict[str, Any]:

@@ -110,7 +110,10 @@ def _caption(result: Result) -> str:
         note = " (simulated noise: do not release)" if result.engine == "simulation" else ""
         lines.append(f"ε per {result.privacy.unit} at δ = {result.privacy.delta:g}, over the whole study, by PLD{note}")
     shown = [
-        site.metrics[kind].get(m, 0.0) for site in result.sites.values() for kind in site.metrics for m in headline(result)
+        site.metrics[kind].get(m, 0.0)
+        for site in result.sites.values()
+        for kind in site.metrics
+        for m in headline(result)
     ]
     if None in shown:
         lines.append("n/e: not estimable (too few held-out rows, or one class only)")

@@ -202,7 +202,8 @@ def _raw(leaf: Tensor) -> bytes | memoryview:
     """A tensor's bytes, without a copy where it is contiguous and on the CPU."""
     if not leaf.numel():
         return b""
-    raw: memoryview = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+    flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
+    raw: memoryview = flat.view(torch.uint8).numpy().data
     return raw
 
 

@@ -130,3 +130,17 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         yield made
     finally:
         made.stop()
+
+
+@pytest.fixture
+def lay_out(tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
+    """Make a deployment of a test's own, nothing of it started; what the test starts is stopped."""
+    made: list[Deployment] = []
+
+    def make(*sites: str) -> Deployment:
+        made.append(Deployment(tmp_path, sites))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
