@@ -1,17 +1,28 @@
-"""The installed Flower ClientApp: one visit per message. The worker runs it; nothing that a server sends replaces it."""
+"""The installed Flower ClientApp: one visit per message.
 
+A site's worker runs :func:`client_app`; nothing that a server sends replaces it. ``app`` is for a researcher's plain
+``flwr run``: it has no policy, ledger or airlock, and takes every site's data from where the simulator does.
+"""
+
+import os
 from collections.abc import Callable
+from functools import lru_cache
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from safetensors.torch import load, save
 
 from fedtailor import tree, wire
-from fedtailor.client.work import Work
+from fedtailor.client.site import charge_of
+from fedtailor.client.work import Work, perform, prepared
+from fedtailor.config import build
+from fedtailor.privacy.accounting import epsilon
+from fedtailor.recipe import Dataset
+from fedtailor.study import Spec
 from fedtailor.tree import Tree
 from fedtailor.wire import Visit
 
-Perform = Callable[[Visit, Tree], Work]
+Perform = Callable[[Visit, Tree, Message, Context], Work]
 
 
 def client_app(perform: Perform) -> ClientApp:
@@ -20,10 +31,37 @@ def client_app(perform: Perform) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        visit = wire.parse_head(Visit, str(message.content.config_records["head"]["json"]))
-        cast = tree.unflatten(load(message.content.array_records["payload"][wire.STYPE].data))
-        work = perform(visit, cast)
-        payload = save({name: leaf.contiguous() for name, leaf in tree.flatten(work.summand).items()})
-        return Message(wire.record(work.report, payload), reply_to=message)
+        head, payload = wire.unpacked(message.content)
+        work = perform(wire.parse_head(Visit, head), tree.unflatten(load(payload)), message, context)
+        return Message(wire.record(work.report, to_bytes(work.summand)), reply_to=message)
 
     return app
+
+
+def to_bytes(of: Tree) -> bytes:
+    """A tree as a safetensors file."""
+    return save({name: leaf.contiguous() for name, leaf in tree.flatten(of).items()})
+
+
+@lru_cache(maxsize=64)
+def _dataset(plan: str, source: str, site: str) -> Dataset:
+    sources = build(Spec.model_validate_json(source), dict)
+    return prepared(plan)[1].prepare(sources[site].table())
+
+
+def _research(visit: Visit, cast: Tree, message: Message, context: Context) -> Work:
+    asked = message.content.config_records["research"]
+    data = _dataset(visit.plan, str(asked["source"]), str(asked["site"]))
+    kept = context.state.array_records.get("memory")
+    memory: Tree = tree.unflatten(load(kept[wire.STYPE].data)) if kept else {}
+    work = perform(visit, cast, data, memory, site=str(asked["site"]), key=os.urandom(32))
+    plan = prepared(visit.plan)[0]
+    if plan.privacy is not None and (charge := charge_of(plan)) is not None:  # nobody else keeps account here
+        spent = epsilon([charge] * (visit.round + visit.train), plan.privacy.delta)
+        work = work._replace(report=work.report.model_copy(update={"epsilon": spent}))
+    if visit.train:
+        context.state["memory"] = wire.packed(to_bytes(work.memory))
+    return work
+
+
+app = client_app(_research)

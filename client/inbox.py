@@ -41,7 +41,8 @@ def key_of(visit: Visit) -> str:
 
 def place(inbox: Path, envelope: Envelope, head: str, payload: Path) -> None:
     """Make a message durable: ``payload`` is moved in. A message that is there already is left alone."""
-    target = inbox / f"{int(envelope.created_at * 1000):015d}-{envelope.message_id[:40]}"
+    name = hashlib.sha256(envelope.message_id.encode()).hexdigest()[:40]  # the coordinator's word: not for a path
+    target = inbox / f"{int(envelope.created_at * 1000):015d}-{name}"
     if target.exists():
         payload.unlink(missing_ok=True)
         return

@@ -63,7 +63,7 @@ class Home:
         try:
             raw = yaml.safe_load(path.read_text())
         except (OSError, yaml.YAMLError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}; start from configs/site/example.yaml") from error
+            raise ConfigError(f"{path} cannot be read: {error}; make one with: fedtailor client join") from error
         if isinstance(raw, dict) and not raw.get("policy"):
             raise ConfigError(f"{path}: policy is missing; a site without a policy refuses everything, so write one")
         try:

@@ -80,7 +80,7 @@ class Worker:
         memory: Tree = store.load_tree(Path(request["memory"]))[0] if request["memory"] else {}
         kept: list[Work] = []
 
-        def performed(visit: Visit, cast: Tree) -> Work:
+        def performed(visit: Visit, cast: Tree, *_: object) -> Work:
             kept.append(perform(visit, cast, data, memory, site=self.site, key=key, minimum=self.minimum))
             return kept[0]
 
@@ -92,8 +92,9 @@ class Worker:
         out.mkdir(mode=0o700, parents=True)
         if kept[0].memory:
             store.save_tree(out / "memory.safetensors", kept[0].memory, {})
-        store.write_bytes(out / "summand.safetensors", reply.content.array_records["payload"][wire.STYPE].data)
-        store.write_text(out / "work.json", str(reply.content.config_records["head"]["json"]))
+        report, summand = wire.unpacked(reply.content)
+        store.write_bytes(out / "summand.safetensors", summand)
+        store.write_text(out / "work.json", report)
         return {}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from fedtailor import pki, store
 from fedtailor.config import readable
@@ -37,7 +37,7 @@ class Home:
             raise ConfigError(f"{path} does not exist; make it with: fedtailor server init --home {self.folder}")
         try:
             return ServerConfig.model_validate(yaml.safe_load(path.read_text()) or {})
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}") from error
         except ValidationError as error:
             raise ConfigError(f"{path}: {readable(error)}") from error
@@ -56,6 +56,13 @@ class Home:
 
     def admit(self, site: str) -> Path:
         """Make a site's key and certificate; returns the kit to hand over to it, and remembers its public key."""
+        try:
+            TypeAdapter(Name).validate_python(site)
+        except ValidationError as error:
+            raise ConfigError(
+                f"site {site!r}: a name has up to 64 small letters, digits, '_', '.' and '-', and begins with a "
+                "letter or digit"
+            ) from error
         kit = self.kits / site
         if (self.sites / f"{site}.json").exists():
             raise ConfigError(f"site {site!r} has been admitted already; its kit is {kit}")
@@ -76,7 +83,7 @@ class Home:
         for path in sorted(self.sites.glob("*.json")):
             try:
                 found[path.stem] = str(json.loads(path.read_text())["certificate"])
-            except (OSError, ValueError, KeyError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{path} cannot be read ({error}); restore it or delete it to forget the site"
                 ) from error

@@ -57,7 +57,7 @@ def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: f
 
 
 def result_of(
-    plan: Plan, progress: Progress, params: Tree, *, status: Ending, setup_s: float, transport: dict[str, bool]
+    plan: Plan, progress: Progress, params: Tree, *, status: Ending, setup_s: float, transport: dict[str, bool] | None
 ) -> Result:
     """The result of a run, from its record. A site that never replied is in ``dropped`` only."""
     final: dict[str, Metrics] = progress.history[-1]["sites"] if progress.history else {}
@@ -85,7 +85,7 @@ def result_of(
         timing=Timing(
             wall_s=progress.wall_s, setup_s=setup_s, round_s=list(progress.round_s), work_s=list(progress.work_s)
         ),
-        transport=Transport(**transport),
+        transport=None if transport is None else Transport(**transport),
         engine="flower",
         seed=plan.seed,
         model=model_file(params),

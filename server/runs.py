@@ -62,15 +62,15 @@ class Run:
         plan = self.plan()
         try:
             raw = json.loads((self.folder / "status.json").read_text())
-        except (OSError, ValueError):
-            raw = {"status": "failed", "round": 0, "detail": "status.json cannot be read"}
-        return Status(self.name, plan.study, raw["status"], raw["round"], plan.rounds, raw.get("detail", ""))
+            return Status(self.name, plan.study, raw["status"], raw["round"], plan.rounds, raw.get("detail", ""))
+        except (OSError, ValueError, KeyError, TypeError):
+            return Status(self.name, plan.study, "failed", 0, plan.rounds, "status.json cannot be read")
 
     def ended(self) -> bool:
         """Whether the run is over, for better or worse."""
         try:
             return json.loads((self.folder / "status.json").read_text())["status"] in DONE
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return False
 
     def write_status(self, status: str, round: int, detail: str = "") -> None:

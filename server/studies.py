@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 from fedtailor import recipe as recipes
 from fedtailor import store, tree, wire
 from fedtailor.config import build
-from fedtailor.errors import ConfigError, FedtailorError, StoreError
+from fedtailor.errors import FedtailorError, StoreError
 from fedtailor.events import Events
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Ending
 from fedtailor.server.listener import Bell
 from fedtailor.server.record import Progress, noted, result_of
-from fedtailor.server.rounds import Answer, Closed, answers, close_round
+from fedtailor.server.rounds import Answer, Closed, advance, answers, close_round
 from fedtailor.server.runs import Run
 from fedtailor.server.superlink import SuperLink
 from fedtailor.strategy import Strategy, model_in
@@ -81,15 +81,8 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
             if setting.stop.is_set() or setting.halt.is_set():
                 break  # an interrupted round does not count
             progress = noted(progress, plan, closed, progress.round, seconds)
-            if closed.acc is None or len(closed.reports) < plan.quorum:
-                raise ConfigError(_no_quorum(plan, progress.round, closed), code="quorum")
-            total = strategy.reduce.done(closed.acc)
+            state = advance(plan, strategy, state, closed, progress.round, tour.like)
             del closed
-            total = tree.lowered(
-                total, tour.like
-            )  # from the accumulator's float64: half the memory while it is applied
-            state = strategy.apply(state, total, progress.round)
-            del total
             progress = progress._replace(round=progress.round + 1, wall_s=before + time.monotonic() - began)
             run.save(state, progress, plan.digest())
             run.write_status("running", progress.round)
@@ -207,8 +200,3 @@ class _Either:
 
     def is_set(self) -> bool:
         return self.a.is_set() or self.b.is_set()
-
-
-def _no_quorum(plan: Plan, round: int, closed: Closed) -> str:
-    missing = ", ".join(f"{site}: {code}" for site, code in sorted(closed.dropped.items()))
-    return f"round {round}: {len(closed.reports)} of {len(plan.sites)} sites replied, the quorum is {plan.quorum} ({missing})"

@@ -1,4 +1,4 @@
-"""One round on the server, on a link and a clock of the test's own: who is asked, who counts, and what is folded."""
+"""One round on the server, on a link and a clock of the test's own: who is asked, and who counts."""
 
 import secrets
 import threading
@@ -11,21 +11,21 @@ from flwr.app.metadata import Metadata
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from safetensors.torch import save
 
-from fedtailor import strategies, tree, wire
+from fedtailor import wire
 from fedtailor.errors import WireError
 from fedtailor.server import rounds
-from fedtailor.server.rounds import Answer, answers, close_round
+from fedtailor.server.rounds import answers
 from fedtailor.server.superlink import Node, Reply
-from fedtailor.wire import Report, Visit
+from fedtailor.wire import Report
 
-VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)
 SUMMAND = {"delta/w": torch.tensor([1.0, 2.0]), "weight": torch.tensor(10.0)}
 SPEC = {name: (x.dtype, tuple(x.shape)) for name, x in SUMMAND.items()}
 LIMIT = wire.size_limit(SPEC)
 
 
 def report(**changed):
-    fields = {"run": "r", "round": 3, "rows": 20, "train_rows": 10, "summand_sha256": "0" * 64, "salt": secrets.token_hex(32)}  # fmt: skip
+    salt, digest = secrets.token_hex(32), "0" * 64
+    fields = {"run": "r", "round": 3, "rows": 20, "train_rows": 10, "summand_sha256": digest, "salt": salt}
     return Report(**fields | changed)
 
 
@@ -149,7 +149,7 @@ def test_a_sites_code_word_is_its_answer(world):
     it = world("a", "b")
     it.on_push = lambda site, question: it.refuse(question, "budget" if site == "a" else "x" * 1000)
     assert sorted(it.round()) == [("a", "budget"), ("b", "x" * 64)]
-    assert it.forgotten == set(it.pushed)
+    assert it.forgotten >= set(it.pushed)
 
 
 def test_a_site_that_was_asked_is_late_and_one_that_never_joined_is_away(world):
@@ -178,16 +178,15 @@ def test_a_site_that_joins_anew_is_asked_again_and_either_answer_counts(world):
 
 @pytest.mark.parametrize("second", ["error", "content"])
 def test_a_site_that_answers_twice_at_once_counts_once(world, second):
-    it = world("a", "b")
+    it = world("a")
 
     def both():
         it.refuse(it.pushed[0], "first")
-        it.refuse(it.pushed[-1], "second") if second == "error" else it.answer(it.pushed[-1])
+        it.refuse(it.pushed[1], "second") if second == "error" else it.answer(it.pushed[1])
 
-    it.on_push = lambda site, question: site == "b" and it.refuse(question, "no") if len(it.pushed) < 3 else None
     it.steps = [lambda: it.rejoin("a", "again"), lambda: None, lambda: None, both]
-    assert it.round() == [("b", "no"), ("a", "first")]
-    assert it.forgotten == {*it.pushed, *it.trees}
+    assert it.round() == [("a", "first")]
+    assert it.forgotten >= {*it.pushed, *it.trees}
 
 
 def test_what_flower_lost_is_asked_again(world):
@@ -256,75 +255,3 @@ def test_a_round_that_is_stopped_ends_without_calling_anybody_late(world):
     it.steps = [lambda: None, stop.set]
     assert it.round(stop=stop) == [("a", None)]
     assert it.forgotten == {*it.pushed, *it.trees}
-
-
-# --- folding ---
-
-
-def stream(tmp_path, *given):
-    """Answers as :func:`answers` yields them, each from (site, tensors or bytes, what the report says)."""
-    for site, flat, changed in given:
-        said, path = report(**changed), tmp_path / f"{site}.safetensors"
-        path.write_bytes(wire.salted(said.salt)(flat if isinstance(flat, bytes) else save(flat)))
-        yield Answer(site, said, path, None, 100)
-
-
-def folded(tmp_path, *given, strategy=None, visit=VISIT):
-    told = []
-    closed = close_round(strategy or strategies.fedavg(), visit, SPEC, stream(tmp_path, *given), told.append)
-    assert [a.site for a in told] == [site for site, _, _ in given] and not list(tmp_path.iterdir())
-    assert {a.site: a.code for a in told if a.code} == closed.dropped
-    return closed
-
-
-TWICE = {name: 2 * x for name, x in SUMMAND.items()}
-
-
-def test_good_answers_are_summed(tmp_path):
-    closed = folded(tmp_path, ("a", SUMMAND, {"rows": 7}), ("b", TWICE, {}))
-    assert {k: x.tolist() for k, x in tree.flatten(closed.acc).items()} == {"delta/w": [3.0, 6.0], "weight": 30.0}
-    assert closed.reports["a"].rows == 7 and closed.received == {"a": 100, "b": 100} and closed.dropped == {}
-
-
-BAD = {
-    "round": (SUMMAND, {"round": 2}),
-    "run": (SUMMAND, {"run": "other"}),
-    "format": (b"\x80\x04pickle", {}),
-    "salt": (wire.salted("1" * 64)(save(SUMMAND)), {}),
-    "keys": (SUMMAND | {"more": torch.ones(1)}, {}),
-    "dtype": (SUMMAND | {"weight": torch.tensor(1)}, {}),
-    "shape": (SUMMAND | {"delta/w": torch.ones(1, 2)}, {}),
-    "nonfinite": (SUMMAND | {"delta/w": torch.tensor([1.0, float("nan")])}, {}),
-}
-
-
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_answer_is_dropped_by_its_code_and_changes_nothing(tmp_path, what):
-    good = [("a", SUMMAND, {}), ("c", TWICE, {})]
-    alone = folded(tmp_path, *good)
-    closed = folded(tmp_path, good[0], ("bad", *BAD[what]), good[1])
-    code = {"run": "round", "salt": "format"}.get(what, what)
-    assert closed.dropped == {"bad": code} and set(closed.reports) == set(closed.received) == {"a", "c"}
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(closed.acc), tree.leaves(alone.acc), strict=True))
-    assert folded(tmp_path, ("bad", *BAD[what])).acc is None
-
-
-def test_a_visit_that_does_not_train_takes_reports_and_no_tensors(tmp_path):
-    visit = VISIT.model_copy(update={"train": False})
-    closed = folded(tmp_path, ("a", {}, {"metrics": {"loss": 0.5}}), ("b", SUMMAND, {}), visit=visit)
-    assert closed.acc is None and closed.reports["a"].metrics == {"loss": 0.5} and closed.dropped == {"b": "keys"}
-
-
-def test_the_memory_of_a_sum_does_not_grow_with_the_answers(tmp_path):
-    seen = []
-    strategy = strategies.fedavg()
-
-    def add(acc, block):
-        out = strategy.reduce.add(acc, block)
-        seen.append([(x.data_ptr(), tuple(x.shape)) for x in tree.leaves(out)])
-        return out
-
-    watched = strategy._replace(reduce=strategy.reduce._replace(add=add))
-    closed = folded(tmp_path, *[(f"s{i}", SUMMAND, {}) for i in range(9)], strategy=watched)
-    assert len(seen) == 9 and all(each == seen[0] for each in seen)  # one accumulator, changed in place
-    assert float(closed.acc["weight"]) == 90.0

@@ -1,0 +1,113 @@
+"""The same study under a researcher's plain ``flwr run``: Flower's ServerApp around our rounds.
+
+    flwr run app SUPERLINK --run-config 'overrides="study=heart privacy=none rounds=5" out="outputs/flower"'
+
+No site's policy, ledger or airlock takes part here: it is for trying a study out on Flower's own runtime, never for
+private data. A deployment is ``fedtailor server up`` and ``fedtailor client up``.
+"""
+
+import hashlib
+import shlex
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import yaml
+from flwr.app import ConfigRecord, Context, Message, MessageType
+from flwr.serverapp import Grid, ServerApp
+
+from fedtailor import recipe as recipes
+from fedtailor import store, tree, wire
+from fedtailor.config import Experiment, build, load
+from fedtailor.errors import ConnectionFailed
+from fedtailor.privacy.planning import resolve
+from fedtailor.recipe import Recipe
+from fedtailor.report import write_run
+from fedtailor.result import Result
+from fedtailor.server.record import Progress, noted, result_of
+from fedtailor.server.rounds import Answer, advance, close_round
+from fedtailor.strategy import Strategy, model_in
+from fedtailor.wire import Report, Visit
+
+PATIENCE_S = 120.0  # for nodes to connect
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one study, its sites dealt out to the connected nodes in order."""
+    experiment = load(shlex.split(str(context.run_config.get("overrides", ""))))
+    result = run(grid, experiment, Path(str(context.run_config.get("out", "") or "outputs/flower")))
+    print(f"{result.study}: {result.metrics['federated']}")
+
+
+def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
+    """Run the study over ``grid`` and write its run folder."""
+    began, plan = time.monotonic(), resolve(experiment.plan)
+    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    start = recipes.initial(recipe, plan.seed)
+    state, like, progress = strategy.init(start), wire.summand(plan, strategy, start), Progress()
+    nodes = dict(zip(plan.sites, _wait_for(grid, len(plan.sites)), strict=False))
+    source = experiment.simulation.data.model_dump_json(by_alias=True)
+    setup_s = time.monotonic() - began
+    with TemporaryDirectory() as spool:
+        for round in range(plan.rounds + 1):
+            train, clock = round < plan.rounds, time.monotonic()
+            payload = b"".join(store.safetensors(tree.flatten(strategy.broadcast(state))))
+            visit = Visit(
+                run="flower",
+                round=round,
+                train=train,
+                evaluate=not train or round % plan.evaluation.every == 0,
+                baseline=not train and plan.evaluation.baseline,
+                plan=plan.canonical(),
+                cast_sha256=hashlib.sha256(payload).hexdigest(),
+            )
+            messages = {}
+            for site, node in nodes.items():
+                content = wire.record(visit, payload)
+                content["research"] = ConfigRecord({"site": site, "source": source})
+                messages[site] = Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
+            stream = _answers(grid, messages, plan.deadline_s, Path(spool))
+            closed = close_round(strategy, visit, wire.spec_of(like), stream, lambda answer: None)
+            closed = closed._replace(sent={site: len(payload) for site in messages})
+            progress = noted(progress, plan, closed, round, time.monotonic() - clock if train else None)
+            if train:
+                state = advance(plan, strategy, state, closed, round, like)
+                progress = progress._replace(round=round + 1)
+    params = model_in(strategy.broadcast(state))
+    progress = progress._replace(wall_s=time.monotonic() - began)
+    made = result_of(plan, progress, params, status="completed", setup_s=setup_s, transport=None)
+    result = made.model_copy(update={"engine": "flwr run"})
+    config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
+    write_run(out, result=result, plan=plan, params=params, config_yaml=config)
+    return result
+
+
+def _wait_for(grid: Grid, count: int) -> list[int]:
+    end = time.monotonic() + PATIENCE_S
+    while len(nodes := sorted(grid.get_node_ids())) < count:
+        if time.monotonic() > end:
+            raise ConnectionFailed(f"{len(nodes)} nodes are connected; the study needs {count}, one a site")
+        time.sleep(0.5)
+    return nodes
+
+
+def _answers(grid: Grid, messages: dict[str, Message], deadline_s: float, spool: Path) -> Iterator[Answer]:
+    """Send each site its message and yield its answer as it comes."""
+    asked = dict(zip(grid.push_messages(list(messages.values())), messages, strict=True))
+    end = time.monotonic() + deadline_s
+    while asked and time.monotonic() < end:
+        for reply in grid.pull_messages(list(asked)):
+            site = asked.pop(reply.metadata.reply_to_message_id)
+            if reply.has_error():
+                yield Answer(site, None, None, "error", 0)
+                continue
+            head, payload = wire.unpacked(reply.content)
+            report, path = wire.parse_head(Report, head), spool / f"{site}.safetensors"
+            path.write_bytes(wire.salted(report.salt)(payload))  # what follows takes the salt off again
+            yield Answer(site, report, path, None, len(head) + len(payload))
+        time.sleep(0.05)
+    for site in asked.values():
+        yield Answer(site, None, None, "late", 0)

@@ -1,0 +1,90 @@
+"""Folding a round: good answers are summed, one at a time; a bad one is dropped by name and changes nothing."""
+
+import secrets
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from fedtailor import strategies, tree, wire
+from fedtailor.server.rounds import Answer, close_round
+from fedtailor.wire import Report, Visit
+
+VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)
+SUMMAND = {"delta/w": torch.tensor([1.0, 2.0]), "weight": torch.tensor(10.0)}
+SPEC = {name: (x.dtype, tuple(x.shape)) for name, x in SUMMAND.items()}
+
+
+def report(**changed):
+    salt, digest = secrets.token_hex(32), "0" * 64
+    fields = {"run": "r", "round": 3, "rows": 20, "train_rows": 10, "summand_sha256": digest, "salt": salt}
+    return Report(**fields | changed)
+
+
+def stream(tmp_path, *given):
+    """Answers as :func:`answers` yields them, each from (site, tensors or bytes, what the report says)."""
+    for site, flat, changed in given:
+        said, path = report(**changed), tmp_path / f"{site}.safetensors"
+        path.write_bytes(wire.salted(said.salt)(flat if isinstance(flat, bytes) else save(flat)))
+        yield Answer(site, said, path, None, 100)
+
+
+def folded(tmp_path, *given, strategy=None, visit=VISIT):
+    told = []
+    closed = close_round(strategy or strategies.fedavg(), visit, SPEC, stream(tmp_path, *given), told.append)
+    assert [a.site for a in told] == [site for site, _, _ in given] and not list(tmp_path.iterdir())
+    assert {a.site: a.code for a in told if a.code} == closed.dropped
+    return closed
+
+
+TWICE = {name: 2 * x for name, x in SUMMAND.items()}
+
+
+def test_good_answers_are_summed(tmp_path):
+    closed = folded(tmp_path, ("a", SUMMAND, {"rows": 7}), ("b", TWICE, {}))
+    assert {k: x.tolist() for k, x in tree.flatten(closed.acc).items()} == {"delta/w": [3.0, 6.0], "weight": 30.0}
+    assert closed.reports["a"].rows == 7 and closed.received == {"a": 100, "b": 100} and closed.dropped == {}
+
+
+BAD = {
+    "round": (SUMMAND, {"round": 2}),
+    "run": (SUMMAND, {"run": "other"}),
+    "format": (b"\x80\x04pickle", {}),
+    "salt": (wire.salted("1" * 64)(save(SUMMAND)), {}),
+    "keys": (SUMMAND | {"more": torch.ones(1)}, {}),
+    "dtype": (SUMMAND | {"weight": torch.tensor(1)}, {}),
+    "shape": (SUMMAND | {"delta/w": torch.ones(1, 2)}, {}),
+    "nonfinite": (SUMMAND | {"delta/w": torch.tensor([1.0, float("nan")])}, {}),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_bad_answer_is_dropped_by_its_code_and_changes_nothing(tmp_path, what):
+    good = [("a", SUMMAND, {}), ("c", TWICE, {})]
+    alone = folded(tmp_path, *good)
+    closed = folded(tmp_path, good[0], ("bad", *BAD[what]), good[1])
+    code = {"run": "round", "salt": "format"}.get(what, what)
+    assert closed.dropped == {"bad": code} and set(closed.reports) == set(closed.received) == {"a", "c"}
+    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(closed.acc), tree.leaves(alone.acc), strict=True))
+    assert folded(tmp_path, ("bad", *BAD[what])).acc is None
+
+
+def test_a_visit_that_does_not_train_takes_reports_and_no_tensors(tmp_path):
+    visit = VISIT.model_copy(update={"train": False})
+    closed = folded(tmp_path, ("a", {}, {"metrics": {"loss": 0.5}}), ("b", SUMMAND, {}), visit=visit)
+    assert closed.acc is None and closed.reports["a"].metrics == {"loss": 0.5} and closed.dropped == {"b": "keys"}
+
+
+def test_the_memory_of_a_sum_does_not_grow_with_the_answers(tmp_path):
+    seen = []
+    strategy = strategies.fedavg()
+
+    def add(acc, block):
+        out = strategy.reduce.add(acc, block)
+        seen.append([(x.data_ptr(), tuple(x.shape)) for x in tree.leaves(out)])
+        return out
+
+    watched = strategy._replace(reduce=strategy.reduce._replace(add=add))
+    closed = folded(tmp_path, *[(f"s{i}", SUMMAND, {}) for i in range(9)], strategy=watched)
+    assert len(seen) == 9 and all(each == seen[0] for each in seen)  # one accumulator, changed in place
+    assert float(closed.acc["weight"]) == 90.0
