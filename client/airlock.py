@@ -55,15 +55,15 @@ def admit(
             raise WireError("an answer to another visit", code="round")
         path = out / "summand.safetensors"
         spec = agreed(visit.plan)
+        if path.stat().st_size > wire.size_limit(spec):
+            raise WireError(f"an answer of {path.stat().st_size} bytes", code="oversized")
         with safe_open(path, framework="pt") as file:
             if file.metadata():
                 raise WireError("tensors that carry text", code="metadata")
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         wire.check(flat, spec if visit.train else {})
-        payload = path.read_bytes()
-        if len(payload) > wire.size_limit(spec):
-            raise WireError(f"an answer of {len(payload)} bytes", code="oversized")
-    except (WireError, SafetensorError, OSError) as error:
+        payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
+    except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
         raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error
     digest, salt = hashlib.sha256(payload).hexdigest(), secrets.token_hex(32)
@@ -96,7 +96,7 @@ def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, eg
 
 def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Path) -> None:
     """Answer with a code word; never a text, which could carry data."""
-    word = "".join(c for c in code if c.isalnum() or c in "-_")[:40]
+    word = "".join(c for c in code if c.isascii() and (c.isalnum() or c in "-_"))[:40]
     fleet.answer(envelope, word, 0.0)
     _log(egress, refused=word)
 

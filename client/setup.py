@@ -23,15 +23,16 @@ def set_up(folder: Path, kit: Path, *, data: Path, studies: list[str], epsilon: 
         raise ConfigError(f"{home.folder / 'site.yaml'} exists: edit it, or choose another --home")
     try:
         known = yaml.safe_load((kit / "kit.yaml").read_text())
-    except (OSError, yaml.YAMLError) as error:
+        site, server = known["site"], known["server"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{kit} is not a site's kit: {error}") from error
     if not data.exists():
         raise ConfigError(f"--data {data}: there is no such file")
     raw = {
-        "site": known["site"],
-        "server": known["server"],
+        "site": site,
+        "server": server,
         "keys": "keys",
-        "data": {"name": studies[0], "path": str(data.resolve())},
+        "data": {"name": studies[0] if studies else "", "path": str(data.resolve())},
         "policy": {"studies": list(studies), "epsilon": epsilon, "delta": delta},
     }
     try:

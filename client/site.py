@@ -62,7 +62,7 @@ class Home:
         path = self.folder / "site.yaml"
         try:
             raw = yaml.safe_load(path.read_text())
-        except (OSError, yaml.YAMLError) as error:
+        except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
             raise ConfigError(f"{path} cannot be read: {error}; make one with: fedtailor client join") from error
         if isinstance(raw, dict) and not raw.get("policy"):
             raise ConfigError(f"{path}: policy is missing; a site without a policy refuses everything, so write one")

@@ -67,6 +67,9 @@ class Workshop:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, env=environment
             )
+        if self.closed:  # stop() came too early to find this process
+            self._end()
+            raise WorkerStopped
         config = self.config
         self._ask(
             op="start",
@@ -109,7 +112,7 @@ class Workshop:
             line = answers.readline()
         except (BrokenPipeError, OSError):
             line = ""
-        if not line:
+        if not line.endswith("\n"):  # nothing, or the half of an answer that it died in
             code = self.process.wait()
             raise WorkerDied(f"the training process ended with code {code} during {op}; its log is {self.log}")
         answer: dict[str, Any] = json.loads(line)

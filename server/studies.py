@@ -4,6 +4,7 @@ A run survives ``kill -9`` at any point: the checkpoint holds everything that th
 repeated round from what they stored, so no round counts twice and no privacy is spent twice.
 """
 
+import errno
 import hashlib
 import logging
 import threading
@@ -30,6 +31,7 @@ from fedtailor.tree import Tree
 from fedtailor.wire import Visit
 
 log = logging.getLogger("fedtailor.server")
+RETRY_S = 5.0  # between attempts to write how a run failed
 
 
 class Setting(NamedTuple):
@@ -53,15 +55,26 @@ def execute(run: Run, setting: Setting) -> None:
     try:
         _execute(run, setting, events)
     except Exception as error:  # whatever it was, the run ends with a readable word and the coordinator goes on
-        detail = str(error) if isinstance(error, FedtailorError) else f"{type(error).__name__}: {error}"
+        detail = _readable(error)
         log.error("%s failed: %s", run.name, detail, exc_info=not isinstance(error, FedtailorError | OSError))
         events.emit("finished", run=run.name, status="failed", detail=detail)
-        try:
-            run.write_status("failed", run.status().round, detail)
-        except (
-            StoreError
-        ) as also:  # a full disk: the run stays as it was, and resumes when the coordinator starts again
-            log.error("%s: its status cannot be written either: %s", run.name, also)
+        while True:
+            try:
+                run.write_status("failed", run.status().round, detail)
+                return
+            except StoreError as also:  # no other run could do better: wait until there is room
+                log.error("%s; trying again in %.0f s", also, RETRY_S)
+            if setting.halt.wait(RETRY_S):  # it stays as it was, and resumes when the coordinator starts again
+                return
+
+
+def _readable(error: Exception) -> str:
+    if isinstance(error, FedtailorError):
+        return str(error)
+    first = (str(error).splitlines() or [""])[0]
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC or "disk is full" in first:
+        return f"the coordinator's disk is full ({first}); make room, then take the run up again: submit --resume"
+    return f"{type(error).__name__}: {first}"
 
 
 def _execute(run: Run, setting: Setting, events: Events) -> Progress:

@@ -165,9 +165,7 @@ def test_a_picture_of_an_earlier_run_does_not_stay(tmp_path):
 
 
 @given(
-    st.floats(0, 1e6)
-    | st.integers(0, 5000).map(lambda n: n / 1000)
-    | st.integers(0, 5000).map(lambda n: n / 1000 + 1e-12)
+    st.floats(0, 1e6) | st.builds(lambda n, more: n / 1000 + more, st.integers(0, 5000), st.sampled_from([0, 1e-12]))
 )
 def test_an_epsilon_is_never_rounded_down_and_hardly_up(epsilon):
     shown = at_most(epsilon)
@@ -199,8 +197,7 @@ def test_without_privacy_none_is_claimed():
 
 def test_not_estimable_is_a_word_and_never_a_number():
     text = model_card(made(), PLAN)
-    rows = [row for row in text.splitlines() if row.startswith("| ch | ")]
-    assert all(f"| ch | {name} | not estimable | not estimable |" in rows for name in GOOD)
+    assert all(f"| ch | {name} | not estimable | not estimable |" in text for name in GOOD)
     assert "| va | accuracy | 0.751 | 0.751 |" in text
     assert line(printed(made()), "ch").count("n/e → n/e") == 2 and "n/e: not estimable" in printed(made())
     assert "n/e" not in printed(made(sites={"va": site()}))

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import secrets
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ def poured(root, shelf, limit=64 * MB):
     return head, sink.getvalue()
 
 
+def refused(code, match, root, shelf, limit=64 * MB):
+    with pytest.raises(WireError, match=match) as error:
+        poured(root, shelf, limit)
+    assert error.value.code == code
+
+
 def put(shelf, kind, body=b"", children=()):
     """An object written by hand, as somebody hostile would."""
     content = f"{kind} {','.join(children)} {len(body)}".encode() + b"\0" + body
@@ -57,15 +64,8 @@ def put(shelf, kind, body=b"", children=()):
     return name
 
 
-def forged(*children, shelf):
-    return put(shelf, "Message", b"", [put(shelf, "RecordDict", b"", children)])
-
-
 def head_in(shelf):
-    content = ConfigRecord({"json": "{}"}).deflate()
-    name = hashlib.sha256(content).hexdigest()
-    shelf[name] = content
-    return name
+    return put(shelf, "ConfigRecord", ConfigRecord({"json": "{}"}).deflate().partition(b"\0")[2])
 
 
 # --- the contract with flwr ---
@@ -94,18 +94,10 @@ def test_a_large_payload_comes_in_chunks_and_is_read_in_the_order_of_its_data():
 
 
 def test_one_chunk_is_in_memory_at_a_time():
-    payload = secrets.token_bytes(15 * MB)
-    root, shelf = shelved(wire.record(Note(text="x"), payload))
-
-    class Sink(io.BytesIO):
-        most = 0
-
-        def write(self, piece):
-            Sink.most = max(Sink.most, len(piece))
-            return super().write(piece)
-
-    wire.pour(root, shelf.__getitem__, Sink(), 15 * MB)
-    assert Sink.most == 5 * MB
+    root, shelf = shelved(wire.record(Note(text="x"), secrets.token_bytes(12 * MB)))
+    pieces = []
+    wire.pour(root, shelf.__getitem__, SimpleNamespace(write=lambda piece: pieces.append(len(piece))), 12 * MB)
+    assert pieces == [5 * MB, 5 * MB, 2 * MB]
 
 
 # --- limits ---
@@ -114,40 +106,31 @@ def test_one_chunk_is_in_memory_at_a_time():
 def test_a_payload_of_the_agreed_size_passes_and_one_byte_more_does_not():
     root, shelf = shelved(wire.record(Note(text="x"), b"y" * 1000))
     assert poured(root, shelf, 1000)[1] == b"y" * 1000
-    with pytest.raises(WireError, match="more than 999 bytes") as error:
-        poured(root, shelf, 999)
-    assert error.value.code == "oversized"
+    refused("oversized", "more than 999 bytes", root, shelf, 999)
 
 
 def test_an_oversized_payload_is_never_written_beyond_the_limit():
     root, shelf = shelved(wire.record(Note(text="x"), secrets.token_bytes(12 * MB)))
-    sink = io.BytesIO()
     with pytest.raises(WireError):
-        wire.pour(root, shelf.__getitem__, sink, 6 * MB)
+        wire.pour(root, shelf.__getitem__, sink := io.BytesIO(), 6 * MB)
     assert len(sink.getvalue()) == 5 * MB
 
 
 def test_an_oversized_head_is_refused():
     root, shelf = shelved(wire.record(Note(text="x" * wire.HEAD_LIMIT), b""))
-    with pytest.raises(WireError, match="a head of") as error:
-        poured(root, shelf)
-    assert error.value.code == "oversized"
+    refused("oversized", "a head of", root, shelf)
 
 
 def test_a_message_without_a_head_is_refused():
     array = Array(dtype="uint8", shape=(1,), stype=wire.STYPE, data=b"x")
     root, shelf = shelved(RecordDict({"payload": ArrayRecord({"a": array})}))
-    with pytest.raises(WireError, match="without a head") as error:
-        poured(root, shelf)
-    assert error.value.code == "format"
+    refused("format", "without a head", root, shelf)
 
 
 def test_a_pickled_or_numpy_payload_is_refused():
     record = wire.record(Note(text="x"), b"")
     record["payload"] = ArrayRecord([torch.zeros(3).numpy()])
-    with pytest.raises(WireError, match="numpy.ndarray") as error:
-        poured(*shelved(record))
-    assert error.value.code == "format"
+    refused("format", "numpy.ndarray", *shelved(record))
 
 
 def test_a_message_nested_deeper_than_flower_makes_them_is_refused():
@@ -155,9 +138,7 @@ def test_a_message_nested_deeper_than_flower_makes_them_is_refused():
     name = head_in(shelf)
     for _ in range(10):
         name = put(shelf, "RecordDict", b"", [name])
-    with pytest.raises(WireError, match="deeper") as error:
-        poured(name, shelf)
-    assert error.value.code == "format"
+    refused("format", "deeper", name, shelf)
 
 
 def test_a_message_that_repeats_its_parts_without_end_is_refused():
@@ -166,12 +147,11 @@ def test_a_message_that_repeats_its_parts_without_end_is_refused():
     name = head_in(shelf)
     for _ in range(4):
         name = put(shelf, "RecordDict", b"", [name] * 1000)
-    calls = 0
+    calls = []
 
     def fetch(one):
-        nonlocal calls
-        calls += 1
-        assert calls < 10_000, "it follows them all"
+        calls.append(one)
+        assert len(calls) < 10_000, "it follows them all"
         return shelf[one]
 
     with pytest.raises(WireError) as error:
@@ -197,13 +177,11 @@ GARBAGE = {
 @pytest.mark.parametrize("what", GARBAGE)
 def test_an_object_that_is_malformed_is_a_wire_error(what):
     shelf = {"bad": GARBAGE[what]}
-    root = forged(head_in(shelf), "bad", shelf=shelf)
-    with pytest.raises(WireError) as error:
-        poured(root, shelf)
-    assert error.value.code == "format"
+    root = put(shelf, "RecordDict", b"", [head_in(shelf), "bad"])
+    refused("format", "not in Flower's format", root, shelf)
 
 
-# --- salt, check, heads ---
+# --- salt, check, heads, summands ---
 
 
 def test_salting_twice_gives_back_what_was_and_every_salt_looks_different():
@@ -233,10 +211,9 @@ def test_what_was_agreed_passes():
 
 @pytest.mark.parametrize("code,flat", [(code, flat) for code, flats in BAD.items() for flat in flats])
 def test_what_was_not_agreed_is_named_by_its_code(code, flat):
-    with pytest.raises(WireError) as error:
+    with pytest.raises(WireError, match="missing" if code == "keys" else "^a/[wn] ") as error:
         wire.check(flat, SPEC)
     assert error.value.code == code
-    assert code == "keys" or str(error.value).startswith(("a/w ", "a/n "))
 
 
 @pytest.mark.parametrize("field,value", [("rows", "Jane Doe, 12.3.1960"), ("salt", "Jane Doe"), ("epsilon", "Jane Doe")])  # fmt: skip

@@ -7,16 +7,10 @@ import pytest
 
 from fedtailor.server.listener import FLEET, LIMIT, PULL, PUSH, Bell, public
 
-ROUTES = [
-    "activate-node",
-    "deactivate-node",
-    "send-node-heartbeat",
-    "pull-messages",
-    "push-messages",
-    "push-object",
-    "pull-object",
-    "confirm-message-received",
-]
+ROUTES = (
+    "activate-node deactivate-node send-node-heartbeat pull-messages push-messages push-object pull-object "
+    "confirm-message-received"
+).split()
 
 
 class Inner:
@@ -200,7 +194,7 @@ def test_made_up_keys_do_not_fill_the_memory():
 
 
 def test_a_held_poll_returns_when_the_bell_rings():
-    """The patience is a minute, and the test's own time limit is shorter."""
+    """Its patience is longer than the test's."""
     bell, inner = Bell(), Inner()
     app = public(inner, bell, patience=600.0)
 

@@ -39,8 +39,6 @@ class World:
         self.pushed, self.forgotten, self.steps, self.ticks = [], set(), [], 0
         self.on_push = lambda site, question: None
 
-    # what a round needs of a link
-
     def nodes(self):
         return self.known
 
@@ -68,17 +66,13 @@ class World:
     def forget(self, asked, answers):
         self.forgotten |= {*asked, *answers}
 
-    # the bell: time passes only here
-
     def take_answered(self):
         return True
 
-    def listen(self, timeout):
+    def listen(self, timeout):  # time passes only here
         self.now += timeout
         if self.steps:
             self.steps.pop(0)()
-
-    # what sites do
 
     def push(self, nodes, ttl):
         assert ttl > 60
@@ -138,9 +132,8 @@ def test_a_complete_answer_is_on_disk_as_it_came(world, tmp_path):
     it = world("a")
     it.on_push = lambda site, question: it.answer(question, rows=33)
     rounds.time = SimpleNamespace(monotonic=lambda: it.now)
-    stream = answers(it, 7, it.push, ("a",), deadline_s=9, limit=LIMIT, spool=tmp_path, tick=lambda: None, bell=it,
+    (one,) = answers(it, 7, it.push, ("a",), deadline_s=9, limit=LIMIT, spool=tmp_path, tick=lambda: None, bell=it,
                      stop=threading.Event())  # fmt: skip
-    (one,) = stream
     assert one.report.rows == 33 and one.size > one.path.stat().st_size == len(save(SUMMAND))
     assert wire.salted(one.report.salt)(one.path.read_bytes()) == save(SUMMAND)
 

@@ -225,9 +225,7 @@ def test_a_damaged_site_file_is_named(made, text):
 
 BAD = {
     "prt: 8443": "prt",
-    "port: 0": "port",
-    "port: 65536": "port",
-    "port: many": "port",
+    **{f"port: {port}": "port" for port in (0, 65536, "many")},
     "name: Not A Name": "name",
     "hosts: 7": "hosts",
     "- a list": "server.yaml",

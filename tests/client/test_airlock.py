@@ -1,0 +1,248 @@
+"""The airlock: an answer leaves as the plan says, or not at all, and everything that leaves is written down."""
+
+import hashlib
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load, save
+
+from fedtailor import wire
+from fedtailor.client import airlock, inbox
+from fedtailor.client.fleet import Envelope
+from fedtailor.client.site import Policy
+from fedtailor.config import load as configured
+from fedtailor.errors import RefusedError
+from fedtailor.wire import Report, Visit
+
+PLAN = configured(["study=heart", "privacy=none", "strategy=fedavg"]).plan.canonical()
+VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=True, plan=PLAN, cast_sha256="0" * 64)
+POLICY = Policy(studies=("heart",), epsilon=8.0, delta=1e-4)
+METRICS = {"auroc": 0.75, "loss": None}
+ENVELOPE = Envelope(7, "m" * 64, 1.0, 60.0, 2.0)
+
+
+def honest():
+    return {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in airlock.agreed(PLAN).items()}
+
+
+def written(tmp_path, flat=None, raw=None, **changed):
+    """What the training process leaves: ``flat`` or ``raw`` bytes, and a report."""
+    out = tmp_path / "out"
+    out.mkdir(exist_ok=True)
+    fields = {"run": "r", "round": 3, "rows": 200, "train_rows": 134, "metrics": METRICS, "baseline": METRICS,
+              "seconds": 1.23456, "epsilon": 99.0, "summand_sha256": "0" * 64, "salt": "0" * 64}  # fmt: skip
+    (out / "summand.safetensors").write_bytes(save(honest() if flat is None else flat) if raw is None else raw)
+    (out / "work.json").write_text(json.dumps(fields | changed))
+    return out
+
+
+def admitted(tmp_path, out, visit=VISIT, policy=POLICY, test_rows=66):
+    outbox = tmp_path / "outbox"
+    outbox.mkdir(exist_ok=True)
+    airlock.admit(out, outbox, visit, policy, epsilon=1.5, test_rows=test_rows, reservation=4)
+    return inbox.stored(outbox, visit)
+
+
+def dropped(tmp_path, out, code, visit=VISIT):
+    with pytest.raises(RefusedError, match="the airlock dropped an answer") as error:
+        admitted(tmp_path, out, visit)
+    assert error.value.code == f"airlock-{code}"
+    assert list((tmp_path / "outbox").iterdir()) == []
+
+
+# --- what passes ---
+
+
+def test_an_honest_answer_is_salted_and_durable(tmp_path):
+    report, payload, reservation = admitted(tmp_path, written(tmp_path))
+    plain = wire.salted(report.salt)(payload)
+    assert payload != plain and hashlib.sha256(plain).hexdigest() == report.summand_sha256
+    there = load(plain)
+    assert there.keys() == honest().keys() and all(torch.equal(there[k], v) for k, v in honest().items())
+    assert reservation == 4 and report.metrics == report.baseline == METRICS
+    assert (report.rows, report.train_rows, report.seconds) == (200, 134, 1.2)  # to a tenth of a second only
+
+
+def test_what_the_airlock_knows_itself_is_not_taken_from_the_training_process(tmp_path):
+    report, _, _ = admitted(tmp_path, written(tmp_path))
+    assert report.epsilon == 1.5 and report.salt != "0" * 64 != report.summand_sha256
+
+
+def test_every_answer_has_a_salt_of_its_own(tmp_path):
+    salts = set()
+    for round in (3, 4):
+        visit = VISIT.model_copy(update={"round": round})
+        salts.add(admitted(tmp_path, written(tmp_path, round=round), visit).report.salt)
+    assert len(salts) == 2
+
+
+def test_an_evaluation_carries_no_tensors(tmp_path):
+    visit = VISIT.model_copy(update={"train": False})
+    dropped(tmp_path, written(tmp_path), "keys", visit)
+    report, payload, _ = admitted(tmp_path, written(tmp_path, {}), visit)
+    assert load(wire.salted(report.salt)(payload)) == {} and report.metrics == METRICS
+
+
+# --- what does not ---
+
+
+def first(flat):
+    return next(name for name, x in flat.items() if x.dim())
+
+
+def with_first(make):
+    flat = honest()
+    return flat | {first(flat): make(flat[first(flat)])}
+
+
+def poked(x, value):
+    x = x.clone()
+    x.view(-1)[-1] = value
+    return x
+
+
+BAD = {
+    "an unknown key": ("keys", lambda: honest() | {"more": torch.ones(1)}),
+    "a missing key": ("keys", lambda: {k: v for k, v in honest().items() if k != "weight"}),
+    "nothing": ("keys", dict),
+    "another shape": ("shape", lambda: with_first(lambda x: x[None])),
+    "double": ("dtype", lambda: with_first(lambda x: x.double())),
+    "an eight-bit float": ("dtype", lambda: with_first(lambda x: x.to(torch.float8_e4m3fn))),
+    "a complex number": ("dtype", lambda: with_first(lambda x: x.to(torch.complex64))),
+    "NaN": ("nonfinite", lambda: with_first(lambda x: poked(x, math.nan))),
+    "infinity": ("nonfinite", lambda: with_first(lambda x: poked(x, math.inf))),
+    "minus infinity": ("nonfinite", lambda: with_first(lambda x: poked(x, -math.inf))),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_tensors_that_were_not_agreed_do_not_leave(tmp_path, what):
+    code, flat = BAD[what]
+    dropped(tmp_path, written(tmp_path, flat()), code)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x80\x04pickle", b"\xff" * 100, save(honest())[:-1], save(honest()) + b"x"])
+def test_a_file_that_is_not_safetensors_does_not_leave(tmp_path, raw):
+    dropped(tmp_path, written(tmp_path, raw=raw), "format")
+
+
+@pytest.mark.parametrize("missing", ["work.json", "summand.safetensors"])
+def test_half_an_answer_does_not_leave(tmp_path, missing):
+    out = written(tmp_path)
+    (out / missing).unlink()
+    dropped(tmp_path, out, "format")
+
+
+def test_an_answer_to_another_visit_does_not_leave(tmp_path):
+    dropped(tmp_path, written(tmp_path, round=2), "round")
+    dropped(tmp_path, written(tmp_path, run="other"), "round")
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe\x00", b'{"patient": "Jane Doe"}'])
+def test_a_malformed_report_does_not_leave(tmp_path, text):
+    out = written(tmp_path)
+    (out / "work.json").write_bytes(text)
+    dropped(tmp_path, out, "format" if b"\xff" in text else "head")
+
+
+def test_a_report_with_more_than_was_agreed_does_not_leave(tmp_path):
+    dropped(tmp_path, written(tmp_path, note="Jane Doe"), "head")
+    dropped(tmp_path, written(tmp_path, rows="Jane Doe"), "head")
+    dropped(tmp_path, written(tmp_path, metrics={"auroc": math.nan}), "head")
+
+
+def test_text_in_the_tensors_file_does_not_leave(tmp_path):
+    dropped(tmp_path, written(tmp_path, raw=save(honest(), metadata={"note": "Jane Doe"})), "metadata")
+
+
+def padded(blanks, **fields):
+    """An honest file whose header says more than its readers look at."""
+    whole = save(honest())
+    size = int.from_bytes(whole[:8], "little")
+    header = json.loads(whole[8 : 8 + size])
+    header["weight"] |= fields
+    text = json.dumps(header).encode() + b" " * blanks
+    return len(text).to_bytes(8, "little") + text + whole[8 + size :]
+
+
+def test_text_hidden_in_the_tensors_header_does_not_leave(tmp_path):
+    """The format's readers skip fields they do not know, and blanks."""
+    out = written(tmp_path, raw=padded(800, note="Jane Doe"))
+    report, payload, _ = admitted(tmp_path, out)
+    plain = wire.salted(report.salt)(payload)
+    assert b"Doe" not in plain and len(plain) < len(save(honest())) + 64
+    assert all(torch.equal(load(plain)[k], v) for k, v in honest().items())
+
+
+def test_a_file_that_is_larger_than_what_was_agreed_does_not_leave(tmp_path):
+    dropped(tmp_path, written(tmp_path, raw=padded(10_000)), "oversized")
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize(
+    "policy,test_rows,asked,leave",
+    [
+        (POLICY, 66, {}, (True, True)),
+        (POLICY, 10, {}, (True, True)),
+        (POLICY, 9, {}, (False, False)),
+        (POLICY.model_copy(update={"minimum_count": 100}), 66, {}, (False, False)),
+        (POLICY.model_copy(update={"metrics": False}), 66, {}, (False, False)),
+        (POLICY, 66, {"evaluate": False}, (False, True)),
+        (POLICY, 66, {"baseline": False}, (True, False)),
+    ],
+)
+def test_metrics_leave_only_when_asked_for_allowed_and_of_enough_rows(tmp_path, policy, test_rows, asked, leave):
+    visit = VISIT.model_copy(update=asked)
+    report = admitted(tmp_path, written(tmp_path), visit, policy, test_rows).report
+    assert (report.metrics is not None, report.baseline is not None) == leave
+    assert report.metrics in (None, METRICS) and report.baseline in (None, METRICS)
+
+
+# --- the way out ---
+
+
+class Sending:
+    """A fleet that keeps what it is told to send."""
+
+    def __init__(self):
+        self.sent = []
+
+    def answer(self, envelope, content, seconds):
+        self.sent.append((envelope, content, seconds))
+        return 1234
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
+    stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), tmp_path / "egress.jsonl"
+    assert airlock.release(fleet, ENVELOPE, stored.report, stored.payload, egress) == 1234
+    ((envelope, content, seconds),) = fleet.sent
+    assert (envelope, seconds) == (ENVELOPE, 1.2) and content["payload"][wire.STYPE].data == stored.payload
+    assert Report.model_validate_json(content["head"]["json"]) == stored.report
+    (line,) = lines(egress)
+    assert line.pop("time").endswith("Z")
+    assert line == {"run": "r", "round": 3, "bytes": 1234, "sha256": stored.report.summand_sha256, "epsilon": 1.5,
+                    "metrics": ["auroc", "loss"], "baseline": ["auroc", "loss"]}  # fmt: skip
+
+
+def test_every_release_is_a_line_of_its_own(tmp_path):
+    stored, egress = admitted(tmp_path, written(tmp_path)), tmp_path / "egress.jsonl"
+    for _ in range(3):
+        airlock.release(Sending(), ENVELOPE, stored.report, stored.payload, egress)
+    airlock.decline(Sending(), ENVELOPE, "budget", egress)
+    assert [line.get("refused") for line in lines(egress)] == [None, None, None, "budget"]
+
+
+@pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("not_finite", "not_finite"), ("x" * 100, "x" * 40),
+    ("Jane Doe, 12.3.1960; /data/é患者.csv", "JaneDoe1231960datacsv"), ("", "")])  # fmt: skip
+def test_a_refusal_is_a_code_word_of_safe_characters(tmp_path, code, word):
+    fleet, egress = Sending(), tmp_path / "egress.jsonl"
+    airlock.decline(fleet, ENVELOPE, code, egress)
+    assert fleet.sent == [(ENVELOPE, word, 0.0)] and lines(egress)[0]["refused"] == word

@@ -1,0 +1,239 @@
+"""A site's own rules: no policy, no work; each rule refuses by name; setting up never overwrites anything."""
+
+import stat
+
+import pytest
+import yaml
+
+from fedtailor import pki
+from fedtailor.client.setup import set_up
+from fedtailor.client.site import Home, Policy, SiteConfig, charge_of, judge
+from fedtailor.config import load
+from fedtailor.errors import ConfigError, RefusedError
+from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.server.home import Home as ServerHome
+from fedtailor.server.home import ServerConfig
+
+RAW = {
+    "site": "a",
+    "server": "hub.example:8443",
+    "data": {"name": "heart", "path": "data.csv"},
+    "policy": {"studies": ["heart", "other"], "epsilon": 8.0, "delta": 1e-4, "max_rounds": 20},
+}
+CONFIG = SiteConfig.model_validate(RAW)
+PLAN = load(["study=heart", "sites=[a,b]", "quorum=1", "rounds=5", "local.steps=4", "local.rate=0.1",
+             "privacy.epsilon=4.0", "privacy.delta=1e-5", "privacy.noise_multiplier=1.5"]).plan  # fmt: skip
+
+
+def private(**changed):
+    return {"privacy": PLAN.privacy.model_copy(update=changed)}
+
+
+def with_policy(**changed):
+    return CONFIG.model_copy(update={"policy": CONFIG.policy.model_copy(update=changed)})
+
+
+def refusal(plan=None, config=CONFIG, **changed):
+    with pytest.raises(RefusedError) as error:
+        judge(config, (plan or PLAN).model_copy(update=changed))
+    return error.value.code, str(error.value)
+
+
+# --- judging ---
+
+
+def test_a_plan_within_the_policy_is_accepted():
+    assert epsilon([Charge(1.5, 0.1, 4)] * 5, 1e-5) < 4.0
+    judge(CONFIG, PLAN)
+    assert charge_of(PLAN) == Charge(1.5, 0.1, 4)
+
+
+def test_a_plan_that_does_not_list_this_site_is_refused():
+    assert refusal(sites=("b", "c"))[0] == "roster"
+
+
+def test_a_study_that_the_policy_does_not_name_is_refused():
+    code, text = refusal(study="lungs")
+    assert code == "study" and "'lungs'" in text and "heart, other" in text
+    judge(CONFIG, PLAN.model_copy(update={"study": "other"}))
+
+
+def test_too_many_rounds_are_refused():
+    assert refusal(config=with_policy(max_rounds=4)) == ("rounds", "5 rounds; policy.max_rounds is 4")
+    judge(with_policy(max_rounds=5), PLAN)
+
+
+def test_a_study_without_privacy_needs_a_policy_that_allows_it():
+    code, text = refusal(privacy=None)
+    assert code == "privacy" and "without_privacy" in text
+    judge(with_policy(without_privacy=True), PLAN.model_copy(update={"privacy": None}))
+    assert charge_of(PLAN.model_copy(update={"privacy": None})) is None
+    assert refusal(config=with_policy(without_privacy=True), privacy=None, study="lungs")[0] == "study"
+
+
+def test_a_plan_that_does_not_say_its_noise_is_refused():
+    code, text = refusal(**private(noise_multiplier=None))
+    assert code == "plan" and "noise_multiplier" in text
+
+
+def test_a_looser_delta_than_the_policys_is_refused():
+    assert refusal(config=with_policy(delta=1e-6))[0] == "delta"
+    judge(with_policy(delta=1e-5), PLAN)
+
+
+def test_a_promise_that_the_noise_does_not_keep_is_refused():
+    """Also one that is missed by a ten-thousandth; the whole study counts, not one round."""
+    whole = epsilon([Charge(1.5, 0.1, 4)] * 5, 1e-5)
+    assert epsilon([Charge(1.5, 0.1, 4)], 1e-5) < 0.9 * whole
+    judge(CONFIG, PLAN.model_copy(update=private(epsilon=whole)))
+    code, text = refusal(**private(epsilon=whole * 0.9999))
+    assert code == "epsilon" and f"its noise gives {whole:.3f}" in text
+    assert refusal(**private(epsilon=whole), rounds=6)[0] == "epsilon"
+
+
+def test_noise_that_cannot_be_accounted_for_is_refused():
+    with pytest.raises(ConfigError, match="noise_multiplier"):
+        judge(CONFIG, PLAN.model_copy(update=private(noise_multiplier=0.1)))
+
+
+# --- site.yaml ---
+
+
+def home(tmp_path, **changed):
+    raw = {k: v for k, v in (RAW | changed).items() if v is not None}
+    (tmp_path / "site.yaml").write_text(yaml.safe_dump(raw))
+    return Home(tmp_path)
+
+
+def test_paths_are_the_homes_own(tmp_path):
+    config = home(tmp_path).config()
+    assert (config.keys, config.data.path) == (tmp_path / "keys", tmp_path / "data.csv")
+    elsewhere = home(tmp_path, data={"name": "heart", "path": "/srv/data.csv"}).config()
+    assert str(elsewhere.data.path) == "/srv/data.csv"
+    assert config.policy == Policy(studies=("heart", "other"), epsilon=8.0, delta=1e-4, max_rounds=20)
+
+
+@pytest.mark.parametrize("policy", [None, {}, [], ""])
+def test_a_site_without_a_policy_does_not_start(tmp_path, policy):
+    with pytest.raises(ConfigError, match="policy is missing; a site without a policy refuses everything"):
+        home(tmp_path, policy=policy).config()
+
+
+WRONG = {
+    "policy.epsilon": {"policy": RAW["policy"] | {"epsilon": 0}},
+    "policy.delta": {"policy": RAW["policy"] | {"delta": 0.5}},
+    "policy.studies": {"policy": RAW["policy"] | {"studies": []}},
+    "policy.studies.0": {"policy": RAW["policy"] | {"studies": ["Not a name"]}},
+    "policy.max_rounds": {"policy": RAW["policy"] | {"max_rounds": -1}},
+    "policy.minimum_count": {"policy": RAW["policy"] | {"minimum_count": 0}},
+    "policy.extra": {"policy": RAW["policy"] | {"extra": 1}},
+    "site": {"site": "../a"},
+    "server": {"server": "https://hub.example"},
+    "data": {"data": None},
+    "data.name": {"data": {"name": "A B", "path": "x"}},
+    "threads": {"threads": "many"},
+    "thread": {"thread": 1},
+}
+
+
+@pytest.mark.parametrize("field", WRONG)
+def test_what_is_wrong_in_site_yaml_is_named(tmp_path, field):
+    with pytest.raises(ConfigError) as error:
+        home(tmp_path, **WRONG[field]).config()
+    assert f"site.yaml: {field}: " in str(error.value)
+
+
+def test_nothing_of_a_policy_is_assumed():
+    fields = Policy.model_fields
+    assert all(fields[name].is_required() for name in ("studies", "epsilon", "delta"))
+    assert fields["without_privacy"].default is False
+
+
+@pytest.mark.parametrize("text", [None, b"", b"{", b"- a list", b"7", "name: Universität".encode("latin-1")])
+def test_a_site_yaml_that_cannot_be_read_is_named(tmp_path, text):
+    if text is not None:
+        (tmp_path / "site.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match="site.yaml"):
+        Home(tmp_path).config()
+
+
+def test_the_state_is_its_owners_alone(tmp_path):
+    it = Home(tmp_path / "site")
+    it.make()
+    it.make()  # again, at the next start
+    for folder in (it.folder, it.state, it.inbox, it.outbox, it.memory):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+# --- setting up ---
+
+
+@pytest.fixture(scope="module")
+def issued(tmp_path_factory):
+    """A kit, as the operator's command makes it."""
+    server = ServerHome(tmp_path_factory.mktemp("server"))
+    server.init(ServerConfig(name="test", hosts=("hub.example",)))
+    return server.admit("a")
+
+
+@pytest.fixture
+def kit(issued, tmp_path):
+    """A copy of it, and a table."""
+    folder = tmp_path / "kit"
+    folder.mkdir()
+    for path in issued.iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "data.csv").write_text("age\n")
+    return folder
+
+
+def set_up_from(kit, **changed):
+    given = {"data": kit.parent / "data.csv", "studies": ["heart"], "epsilon": 3.0, "delta": 1e-5}
+    return set_up(kit.parent / "site", kit, **given | changed)
+
+
+def test_a_kit_becomes_a_site(kit):
+    config = set_up_from(kit)
+    it = Home(kit.parent / "site")
+    assert it.config() == config.model_copy(update={"keys": it.folder / "keys"})
+    assert (config.site, config.server, config.data.path) == ("a", "hub.example:8443", kit.parent / "data.csv")
+    assert (config.policy.epsilon, config.policy.delta, config.policy.studies) == (3.0, 1e-5, ("heart",))
+    assert not config.policy.without_privacy
+    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in (it.folder / "keys").iterdir()} == {
+        "ca.pem": 0o600, "site.pem": 0o600, "site.key": 0o600}  # fmt: skip
+    assert pki.load_key(it.folder / "keys" / "site.key")
+
+
+def test_a_site_that_is_set_up_is_left_alone(kit):
+    set_up_from(kit)
+    before = {p: p.read_bytes() for p in (kit.parent / "site").rglob("*") if p.is_file()}
+    with pytest.raises(ConfigError, match="site.yaml exists"):
+        set_up_from(kit, epsilon=100.0)
+    assert {p: p.read_bytes() for p in (kit.parent / "site").rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.parametrize("name", ["kit.yaml", "ca.pem", "site.pem", "site.key"])
+def test_an_incomplete_kit_is_named_and_can_be_completed(kit, name):
+    whole = (kit / name).read_bytes()
+    (kit / name).unlink()
+    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
+        set_up_from(kit)
+    assert not (kit.parent / "site" / "site.yaml").exists()
+    (kit / name).write_bytes(whole)
+    assert set_up_from(kit).site == "a"
+
+
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"site: a", b"7", b"\xff\xfe"])
+def test_a_kit_yaml_that_says_too_little_is_named(kit, text):
+    (kit / "kit.yaml").write_bytes(text)
+    with pytest.raises(ConfigError, match="is not a site's kit|server"):
+        set_up_from(kit)
+
+
+@pytest.mark.parametrize("field,changed", [("epsilon", {"epsilon": 0.0}), ("delta", {"delta": 0.5}),
+                         ("--data", {"data": "nowhere.csv"}), ("studies", {"studies": []})])  # fmt: skip
+def test_what_is_missing_or_out_of_range_is_named(kit, field, changed):
+    given = changed if field != "--data" else {"data": kit / "nowhere.csv"}
+    with pytest.raises(ConfigError, match=field):
+        set_up_from(kit, **given)
+    assert not (kit.parent / "site").exists()
