@@ -95,15 +95,15 @@ class Daemon:
                         self._place(*got)
                     elif time.monotonic() - began < 0.5:
                         self.stop.wait(0.2)  # the coordinator did not hold the question: do not ask in a tight loop
-            except ConnectionFailed as error:
+            except Exception as error:
                 if self.stop.is_set():
                     return
+                if not isinstance(error, FedtailorError | OSError):  # not of the network or a full disk, but a bug
+                    log.exception("receiving failed")
+                self.state["connected"] = False
                 self._failed(str(error))
                 self.stop.wait(pause)
                 pause = min(pause * 2, 30.0)
-            except Exception:
-                log.exception("receiving failed")
-                self.stop.wait(pause)
 
     def _join(self) -> None:
         known = self.home.state / "node.json"
@@ -115,7 +115,7 @@ class Daemon:
         log.info("joined %s", self.config.server)
 
     def _failed(self, text: str) -> None:
-        self.state |= {"connected": False, "last_error": text}
+        self.state["last_error"] = text
         log.warning("%s", text)
 
     def _place(self, envelope: Envelope, root: str) -> None:
@@ -156,8 +156,9 @@ class Daemon:
                 except Exception as error:  # a full disk, say: the message stays in the inbox
                     if self.stop.is_set():
                         return
-                    log.exception("a message could not be handled; it stays in the inbox")
-                    self.state["last_error"] = f"{type(error).__name__}: {error}"
+                    if not isinstance(error, FedtailorError | OSError):
+                        log.exception("a message could not be handled; it stays in the inbox")
+                    self._failed(f"a message could not be handled; it stays in the inbox: {error}")
                     self.stop.wait(5.0)
             self.arrived.wait(1.0)
 
