@@ -67,3 +67,22 @@ def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
     deployment.start(victim)
     result = deployment.finish(run)
     every_round_was_charged_once(deployment, run, plan, result)
+
+
+@pytest.mark.parametrize("victim", ["va", "server"])
+def test_a_run_survives_kill_9_with_half_an_answer_sent(deployment, victim):
+    """A model of several chunks: some are at the coordinator, the others still at the site."""
+    large = ("recipe=heart_mlp", "recipe.hidden=60000", "local.steps=1", "evaluation.baseline=false")
+    plan = deployment.plan("privacy=none", "rounds=2", *large)
+    outbox, transit = deployment.site_home("va") / "state" / "outbox", deployment.server_home / "transit"
+    before = set(outbox.iterdir())
+    run = deployment.submit(plan)
+    deployment.until(lambda: {p for p in outbox.iterdir() if p.name[0] != "."} - before, 60, "an answer", 0.001)
+    known = set(transit.iterdir())
+    deployment.until(lambda: set(transit.iterdir()) - known, 60, "a chunk of it", 0.001)
+    deployment.kill(victim)
+    assert not (deployment.run_folder(run) / "checkpoint.safetensors").exists(), "the round was open"
+    deployment.start(victim)
+    result = deployment.finish(run)
+    assert result["rounds"] == 2 and not result["dropped"]
+    runs_like_the_simulator(deployment, run, plan)

@@ -67,8 +67,7 @@ class Recording(Bell):
 
 def test_only_the_eight_fleet_routes_reach_flower():
     assert FLEET == {f"/v1/fleet/{name}" for name in ROUTES} and PULL in FLEET and set(PUSH) < FLEET
-    inner = Inner()
-    app = public(inner, Bell())
+    app = public(inner := Inner(), Bell())
     for path in sorted(FLEET):
         assert status(app, scope(path)) == 200
     assert [path for _, _, path in inner.reached] == sorted(FLEET)
