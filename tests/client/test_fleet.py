@@ -205,6 +205,7 @@ ADVICE = [
     (answered(401), "is the clock right, and is the site still admitted"),
     (answered(412), "does not know this site's key, or still holds an earlier session"),
     (answered(404), "HTTP 404: is this a fedtailor coordinator"),
+    (answered(507), "has a problem of its own (HTTP 507)"),
     (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get issuer"), "not of this consortium"),
     (httpx.ReadError("[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] alert certificate"), "refuses this site's certificate"),
     (httpx.ConnectError("[Errno 111] Connection refused"), "is the name and port right, is the coordinator up"),

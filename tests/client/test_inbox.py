@@ -4,6 +4,7 @@ import itertools
 import os
 import stat
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -91,7 +92,7 @@ def test_the_same_message_again_changes_nothing_and_leaves_nothing(tmp_path, box
     place(tmp_path, box, ENVELOPE._replace(received_at=9e9), head="other", data=b"other")
     (entry,) = inbox.waiting(box)
     assert entry.envelope == ENVELOPE and entry.head() == '{"a": 1}' and entry.payload.read_bytes() == b"cast"
-    assert [p.name for p in (tmp_path / "state").iterdir()] == ["inbox"]
+    assert [p.name for p in (tmp_path / "state").iterdir()] == ["inbox"] and list(box.iterdir()) == [entry.folder]
 
 
 def test_messages_are_worked_on_oldest_first(tmp_path, box):
@@ -103,24 +104,36 @@ def test_messages_are_worked_on_oldest_first(tmp_path, box):
     assert len(list(inbox.waiting(box))) == 6
 
 
-def test_a_kill_between_any_two_steps_leaves_all_of_a_message_or_none(tmp_path, box):
+@pytest.mark.parametrize("looked", [True, False])
+def test_a_kill_between_any_two_steps_leaves_all_of_a_message_or_none(tmp_path, box, looked):
+    """The next start clears drafts; then it may look at the inbox first, or receive the message again first."""
     seen = set()
     for line in itertools.count():
         payload = arrived(tmp_path)
         killed = killed_at(line, lambda payload=payload: inbox.place(box, ENVELOPE, "{}", payload), inbox, store)
-        inbox.clear_drafts(box)  # the next start
-        entries = list(inbox.waiting(box))
-        seen.add(len(entries))
-        for entry in entries:
-            assert (entry.head(), entry.payload.read_bytes(), entry.envelope) == ("{}", b"cast", ENVELOPE)
-        assert len(entries) == len(list(box.iterdir()))
+        inbox.clear_drafts(box)
+        if looked:
+            entries = list(inbox.waiting(box))
+            seen.add(len(entries))
+            assert len(entries) == len(list(box.iterdir()))
+            assert all((e.head(), e.payload.read_bytes(), e.envelope) == ("{}", b"cast", ENVELOPE) for e in entries)
         if not killed:
             break
         place(tmp_path, box, head="{}")  # it was not confirmed, so it comes again
         (entry,) = inbox.waiting(box)
-        assert entry.payload.read_bytes() == b"cast"
+        assert (entry.head(), entry.payload.read_bytes(), entry.envelope) == ("{}", b"cast", ENVELOPE)
         inbox.drop(entry)
-    assert seen == {0, 1} and line > 40
+    assert seen == ({0, 1} if looked else set()) and line > 40
+
+
+def test_everything_is_on_the_disk_before_the_message_appears(tmp_path, box, monkeypatch):
+    done, sync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(Path(os.readlink(f"/proc/self/fd/{handle}")).name), sync(handle)))  # fmt: skip
+    monkeypatch.setattr(os, "rename", lambda a, b: (done.append("it appears"), rename(a, b)))
+    place(tmp_path, box)
+    (entry,) = inbox.waiting(box)
+    assert [name for name in done if "json" in name] == [".head.json.draft", ".envelope.json.draft"]
+    assert done[-3:] == [f".{entry.folder.name}", "it appears", "inbox"]
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[]", '{"flower_run": 1}', "7"])

@@ -1,5 +1,6 @@
 """The training process, a real one: it knows no secrets, its death is mended, and it ends when the daemon does."""
 
+import json
 import os
 import select
 import signal
@@ -50,7 +51,7 @@ def shop(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, (folder / "keys" / "site.key").open() as key:
         for name, value in SECRETS.items():
             patch.setenv(name, value)
-        assert key.read() == "the key"
+        os.set_inheritable(key.fileno(), True)
         it.start()
         yield it
     it.stop()
@@ -204,24 +205,22 @@ def test_stopping_while_the_process_is_being_started_ends_it_too(fake, monkeypat
 
 
 def test_it_dies_with_the_daemon(tmp_path):
-    """Also when the daemon is killed, and cannot say goodbye."""
-    table(tmp_path / "data.csv")
+    """Also when the daemon is killed in the middle of a request, and cannot say goodbye."""
+    os.mkfifo(tmp_path / "data.csv")
     program = (
-        "import sys; from pathlib import Path; from fedtailor.client.site import SiteConfig;"
+        "import json, sys; from pathlib import Path; from fedtailor.client.site import SiteConfig;"
         "from fedtailor.client.workshop import Workshop;"
         "shop = Workshop(SiteConfig.model_validate_json(sys.argv[1]), Path(sys.argv[2]));"
-        "shop.start(); print(shop.pid, flush=True); sys.stdin.read()"
+        "shop.start(); print(shop.pid, flush=True); shop.ask(op='describe', recipe=json.loads(sys.argv[3]))"
     )
-    with subprocess.Popen(
-        [sys.executable, "-c", program, config(tmp_path).model_dump_json(), str(tmp_path / "log")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    ) as daemon:  # fmt: skip
+    given = [config(tmp_path).model_dump_json(), str(tmp_path / "log"), json.dumps(RECIPE)]
+    with subprocess.Popen([sys.executable, "-c", program, *given], stdout=subprocess.PIPE, text=True) as daemon:
         worker = int(daemon.stdout.readline())
-        handle = os.pidfd_open(worker)
-        assert children(daemon.pid) == [str(worker)]
+        handle, writer = os.pidfd_open(worker), os.open(tmp_path / "data.csv", os.O_WRONLY)
         daemon.kill()
         assert select.select([handle], [], [], 60)[0]  # it has ended
-        os.close(handle)
+    os.close(handle)
+    os.close(writer)
 
 
 def test_stopping_ends_a_request_that_is_under_way_and_leaves_no_process(shop, data):

@@ -1,5 +1,7 @@
 """Where rows come from: cells as they are written, errors with their line, and the four hospitals as UCI has them."""
 
+from collections import Counter
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -122,6 +124,24 @@ def test_the_first_patient_of_cleveland_is_that_of_ucis_file(hospitals):
     """processed.cleveland.data begins 63.0,1.0,1.0,145.0,233.0,1.0,2.0,150.0,0.0,2.3,3.0,0.0,6.0,0."""
     first = [float(cells[0]) for cells in hospitals["cleveland"].values()]
     assert first == [63, 1, 1, 145, 233, 1, 2, 150, 0, 2.3, 3, 0, 6, 0]
+
+
+@pytest.mark.parametrize(
+    ("column", "counts"),
+    [
+        ("sex", {"0": 97, "1": 206}),
+        ("cp", {"1": 23, "2": 50, "3": 86, "4": 144}),
+        ("fbs", {"0": 258, "1": 45}),
+        ("restecg", {"0": 151, "1": 4, "2": 148}),
+        ("exang", {"0": 204, "1": 99}),
+        ("slope", {"1": 142, "2": 140, "3": 21}),
+        ("ca", {"0": 176, "1": 65, "2": 38, "3": 20, "": 4}),
+        ("thal", {"3": 166, "6": 18, "7": 117, "": 2}),
+        ("num", {"0": 164, "1": 55, "2": 36, "3": 35, "4": 13}),
+    ],
+)
+def test_clevelands_codes_are_as_many_as_in_ucis_file(hospitals, column, counts):
+    assert Counter(hospitals["cleveland"][column]) == counts
 
 
 def test_switzerland_never_measured_cholesterol(hospitals):

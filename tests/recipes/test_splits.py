@@ -68,10 +68,11 @@ def test_each_label_gives_its_share(fraction, negative, positive):
     assert share(rows, test, 1.0) == round(fraction * positive)
 
 
-def test_a_subject_who_was_ever_positive_is_stratified_as_positive():
+@pytest.mark.parametrize("seed", range(5))
+def test_a_subject_who_was_ever_positive_is_stratified_as_positive(seed):
     rows = people(30, 10, visits=1)
     later = [row._replace(label=0.0, values=(99.0, 99.0)) for row in rows if row.label]
-    test = dict(zip([*rows, *later], held_out([*rows, *later], 0.3, 0), strict=True))
+    test = dict(zip([*rows, *later], held_out([*rows, *later], 0.3, seed), strict=True))
     assert sum(test[row] for row in rows if row.label) == sum(test[row] for row in later) == 3
     assert sum(test[row] for row in rows if not row.label) == 9
 
@@ -96,6 +97,7 @@ def test_who_is_held_out_is_known():
         ([], 0.3, "0 rows split into 0 for training and 0 for testing"),
         (people(1, 1), 0.5, "2 rows split into 2 for training and 0 for testing"),
         (people(3, 0), 0.33, "3 rows split into 2 for training and 1 for testing"),
+        (people(3, 0), 0.67, "3 rows split into 1 for training and 2 for testing"),
         (people(40, 0), 0.01, "40 rows split into 40 for training and 0 for testing"),
         (people(40, 0), 0.99, "40 rows split into 0 for training and 40 for testing"),
     ],
