@@ -87,18 +87,21 @@ def admit(
 
 
 def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Path) -> int:
-    """Send an answer that lies in the outbox; every answer that leaves, leaves here."""
-    sent = fleet.answer(envelope, wire.record(report, payload), report.seconds)
-    _log(egress, run=report.run, round=report.round, bytes=sent, sha256=report.summand_sha256, epsilon=report.epsilon,
+    """Send an answer that lies in the outbox; every answer that leaves, leaves here.
+
+    It is written to the log first: what the log lists may have left, and what it does not list has not.
+    """
+    size = len(payload) + len(report.model_dump_json())
+    _log(egress, run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
          metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()))  # fmt: skip
-    return sent
+    return fleet.answer(envelope, wire.record(report, payload), report.seconds)
 
 
 def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Path) -> None:
     """Answer with a code word; never a text, which could carry data."""
     word = "".join(c for c in code if c.isascii() and (c.isalnum() or c in "-_"))[:40]
-    fleet.answer(envelope, word, 0.0)
     _log(egress, refused=word)
+    fleet.answer(envelope, word, 0.0)
 
 
 def _log(path: Path, **fields: object) -> None:

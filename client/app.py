@@ -4,6 +4,7 @@ A site's worker runs :func:`client_app`; nothing that a server sends replaces it
 ``flwr run``: it has no policy, ledger or airlock, and takes every site's data from where the simulator does.
 """
 
+import hashlib
 import os
 from collections.abc import Callable
 from functools import lru_cache
@@ -33,7 +34,9 @@ def client_app(perform: Perform) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         head, payload = wire.unpacked(message.content)
         work = perform(wire.parse_head(Visit, head), tree.unflatten(load(payload)), message, context)
-        return Message(wire.record(work.report, to_bytes(work.summand)), reply_to=message)
+        payload = to_bytes(work.summand)
+        report = work.report.model_copy(update={"summand_sha256": hashlib.sha256(payload).hexdigest()})
+        return Message(wire.record(report, payload), reply_to=message)
 
     return app
 

@@ -46,6 +46,8 @@ class Daemon:
         with control.only_one(self.home.folder):
             for folder in (self.home.inbox, self.home.outbox):
                 inbox.clear_drafts(folder)
+            for folder in (self.home.outbox, self.home.memory):
+                inbox.forget_old(folder)
             self.fleet = Fleet(self.config.server, self.config.keys)
             self.ledger = Ledger(self.home.state / "ledger.db")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")

@@ -226,7 +226,9 @@ def explain(error: httpx.HTTPError, server: str) -> str:
         if status == 412:
             return f"{server} does not know this site's key, or still holds an earlier session (up to 20 s)"
         if status >= 500:
-            return f"{server} has a problem of its own (HTTP {status}), a full disk perhaps: its operator's log says which"
+            return (
+                f"{server} has a problem of its own (HTTP {status}), a full disk perhaps: its operator's log says which"
+            )
         return f"{server} answered HTTP {status}: is this a fedtailor coordinator?"
     text = str(error)
     if "CERTIFICATE_VERIFY_FAILED" in text:
@@ -248,5 +250,5 @@ def keep_beating(fleet: Fleet, lost: threading.Event, stop: threading.Event) -> 
         try:
             if fleet.node is not None:
                 fleet.beat()
-        except ConnectionFailed:
+        except Exception:  # a coordinator's answer that is none, too: joining again says what is wrong
             lost.set()

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -99,9 +100,20 @@ def stored(outbox: Path, visit: Visit) -> Stored | None:
     folder = outbox / key_of(visit)
     if not folder.exists():
         return None
-    report = Report.model_validate_json((folder / "report.json").read_text())
-    known = json.loads((folder / "visit.json").read_text())
-    return Stored(report, (folder / "payload").read_bytes(), known["reservation"])
+    try:
+        report = Report.model_validate_json((folder / "report.json").read_text())
+        known = json.loads((folder / "visit.json").read_text())
+        return Stored(report, (folder / "payload").read_bytes(), known["reservation"])
+    except (OSError, ValueError, KeyError, TypeError):  # damaged: the work is done anew, and charged anew if settled
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def forget_old(folder: Path, days: float = 30.0) -> None:
+    """Remove what lies in ``folder`` since before ``days``: the answers and memories of runs that are long over."""
+    for old in folder.iterdir():
+        if old.is_dir() and time.time() - old.stat().st_mtime > days * 86400:
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def tidy(outbox: Path, visit: Visit) -> None:

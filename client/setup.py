@@ -26,7 +26,7 @@ def set_up(folder: Path, kit: Path, *, data: Path, studies: list[str], epsilon: 
         site, server = known["site"], known["server"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{kit} is not a site's kit: {error}") from error
-    if not data.exists():
+    if not data.is_file():
         raise ConfigError(f"--data {data}: there is no such file")
     raw = {
         "site": site,

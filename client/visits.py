@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from fedtailor import store
 from fedtailor.client import airlock, inbox
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger, Reservation
@@ -39,6 +40,8 @@ class Visits:
             text = readable(error) if isinstance(error, ValidationError) else str(error)
             raise RefusedError(f"the plan is malformed: {text}", code="plan") from error
         judge(self.config, plan)
+        if store.digest(entry.payload) != visit.cast_sha256:  # by that name the answer is stored, and charged for
+            raise RefusedError("what was cast is not what the visit names (cast_sha256)", code="cast")
         self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
         data = self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True))
         self.state["data"] = data

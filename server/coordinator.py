@@ -108,7 +108,10 @@ class Coordinator:
                 raise ConnectionFailed(f"cannot listen on {where}: {error.strerror}; {way}") from error
 
     def _register(self, name: str, pem: str) -> None:
-        key: Any = x509.load_pem_x509_certificate(pem.encode()).public_key()
+        try:
+            key: Any = x509.load_pem_x509_certificate(pem.encode()).public_key()
+        except ValueError as error:
+            raise ConfigError(f"the certificate of site {name!r} cannot be read: {error}; restore it") from error
         self.superlink.register(name, public_key_to_bytes(key))
 
     def _runs(self) -> list[Run]:

@@ -59,7 +59,10 @@ class Run:
 
     def status(self) -> Status:
         """What is known of the run."""
-        plan = self.plan()
+        try:
+            plan = self.plan()
+        except StoreError as error:
+            return Status(self.name, "?", "failed", 0, 0, str(error))
         try:
             raw = json.loads((self.folder / "status.json").read_text())
             return Status(self.name, plan.study, raw["status"], raw["round"], plan.rounds, raw.get("detail", ""))
@@ -68,10 +71,7 @@ class Run:
 
     def ended(self) -> bool:
         """Whether the run is over, for better or worse."""
-        try:
-            return json.loads((self.folder / "status.json").read_text())["status"] in DONE
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        return self.status().status in DONE
 
     def write_status(self, status: str, round: int, detail: str = "") -> None:
         """Record the state of the run, atomically."""
@@ -94,4 +94,9 @@ class Run:
         loaded, meta = store.load_tree(path)
         if meta.get("plan_sha256") != digest:
             raise StoreError(f"{path} belongs to another plan than plan.json; restore the one that fits or start anew")
-        return loaded["state"], Progress(**json.loads(meta["progress"]))
+        try:
+            return loaded["state"], Progress(**json.loads(meta["progress"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise StoreError(
+                f"{path} was written by another version of fedtailor ({error}); resume it there"
+            ) from error

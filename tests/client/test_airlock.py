@@ -13,7 +13,7 @@ from fedtailor.client import airlock, inbox
 from fedtailor.client.fleet import Envelope
 from fedtailor.client.site import Policy
 from fedtailor.config import load as configured
-from fedtailor.errors import RefusedError
+from fedtailor.errors import ConnectionFailed, RefusedError
 from fedtailor.wire import Report, Visit
 
 PLAN = configured(["study=heart", "privacy=none", "strategy=fedavg"]).plan.canonical()
@@ -228,8 +228,20 @@ def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
     assert Report.model_validate_json(content["head"]["json"]) == stored.report
     (line,) = lines(egress)
     assert line.pop("time").endswith("Z")
-    assert line == {"run": "r", "round": 3, "bytes": 1234, "sha256": stored.report.summand_sha256, "epsilon": 1.5,
+    size = len(stored.payload) + len(content["head"]["json"])
+    assert line == {"run": "r", "round": 3, "bytes": size, "sha256": stored.report.summand_sha256, "epsilon": 1.5,
                     "metrics": ["auroc", "loss"], "baseline": ["auroc", "loss"]}  # fmt: skip
+
+
+def test_what_may_have_left_is_written_down_even_if_sending_fails(tmp_path):
+    class Broken:
+        def answer(self, envelope, content, seconds):
+            raise ConnectionFailed("gone")
+
+    stored, egress = admitted(tmp_path, written(tmp_path)), tmp_path / "egress.jsonl"
+    with pytest.raises(ConnectionFailed):
+        airlock.release(Broken(), ENVELOPE, stored.report, stored.payload, egress)
+    assert [line["sha256"] for line in lines(egress)] == [stored.report.summand_sha256]
 
 
 def test_every_release_is_a_line_of_its_own(tmp_path):

@@ -4,6 +4,7 @@ import itertools
 import os
 import stat
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -218,3 +219,18 @@ def test_answers_of_the_last_round_are_kept_and_those_before_forgotten(tmp_path)
     }
     assert kept == {("r", 4), ("r", 5), ("r", 6), ("s", 3), ("s", 4), ("s", 5), ("s", 6)}
     assert (tmp_path / "note.txt").exists()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"run": "r"}'])
+def test_a_damaged_answer_is_not_sent_and_its_work_is_done_anew(tmp_path, text):
+    folder = inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 1)
+    (folder / "visit.json").write_text(text)
+    assert inbox.stored(tmp_path, VISIT) is None and not folder.exists()
+
+
+def test_what_is_a_month_old_is_forgotten(tmp_path):
+    for name, days in (("old", 31), ("new", 29)):
+        (tmp_path / name).mkdir()
+        os.utime(tmp_path / name, (1, time.time() - days * 86400))
+    inbox.forget_old(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["new"]

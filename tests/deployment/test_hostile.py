@@ -1,5 +1,6 @@
 """What an attacker on the network, at another site, or with Flower's own tools can reach: nothing."""
 
+import hashlib
 import secrets
 import socket
 import ssl
@@ -155,6 +156,8 @@ class Cheat(threading.Thread):
             honest = {**delta, "weight": torch.tensor(134.0)} if visit.train else {}
             payload, report = self.make(honest, visit)
             if report is not None:
+                named = hashlib.sha256(payload).hexdigest()
+                report = report.model_copy(update={"summand_sha256": named} if report.rows else {})
                 self.fleet.answer(got[0], wire.record(report, wire.salted(report.salt)(payload)), 0.1)
 
     def close(self):
@@ -190,6 +193,7 @@ CHEATS = {
         report(visit),
     ),
     "round": lambda flat, visit: (save(flat), report(visit, round=visit.round + 1)),
+    "digest": lambda flat, visit: (save(flat), report(visit, rows=0)),  # its report keeps naming another payload
     "late": lambda flat, visit: (b"", None),
 }
 

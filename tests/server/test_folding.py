@@ -1,5 +1,6 @@
 """Folding a round: good answers are summed, one at a time; a bad one is dropped by name and changes nothing."""
 
+import hashlib
 import secrets
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from safetensors.torch import save
 
 from fedtailor import strategies, tree, wire
-from fedtailor.server.rounds import Answer, close_round
+from fedtailor.config import load
+from fedtailor.errors import ConfigError
+from fedtailor.server.rounds import Answer, advance, close_round
 from fedtailor.wire import Report, Visit
 
 VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)
@@ -24,8 +27,9 @@ def report(**changed):
 def stream(tmp_path, *given):
     """Answers as :func:`answers` yields them, each from (site, tensors or bytes, what the report says)."""
     for site, flat, changed in given:
-        said, path = report(**changed), tmp_path / f"{site}.safetensors"
-        path.write_bytes(wire.salted(said.salt)(flat if isinstance(flat, bytes) else save(flat)))
+        payload, path = flat if isinstance(flat, bytes) else save(flat), tmp_path / f"{site}.safetensors"
+        said = report(**{"summand_sha256": hashlib.sha256(payload).hexdigest()} | changed)
+        path.write_bytes(wire.salted(said.salt)(payload))
         yield Answer(site, said, path, None, 100)
 
 
@@ -51,6 +55,7 @@ BAD = {
     "run": (SUMMAND, {"run": "other"}),
     "format": (b"\x80\x04pickle", {}),
     "salt": (wire.salted("1" * 64)(save(SUMMAND)), {}),
+    "digest": (SUMMAND, {"summand_sha256": "1" * 64}),
     "keys": (SUMMAND | {"more": torch.ones(1)}, {}),
     "dtype": (SUMMAND | {"weight": torch.tensor(1)}, {}),
     "shape": (SUMMAND | {"delta/w": torch.ones(1, 2)}, {}),
@@ -88,3 +93,31 @@ def test_the_memory_of_a_sum_does_not_grow_with_the_answers(tmp_path):
     closed = folded(tmp_path, *[(f"s{i}", SUMMAND, {}) for i in range(9)], strategy=watched)
     assert len(seen) == 9 and all(each == seen[0] for each in seen)  # one accumulator, changed in place
     assert float(closed.acc["weight"]) == 90.0
+
+
+PLAN = load(["study=heart", "sites=[a,b]", "quorum=2"]).plan
+START = {"w": torch.tensor([1.0, 1.0])}
+
+
+def advanced(closed):
+    strategy = strategies.fedavg()
+    like = tree.unflatten({"delta/w": torch.zeros(2), "weight": torch.zeros(())})
+    return advance(PLAN, strategy, strategy.init(START), closed, 3, like)
+
+
+def test_a_round_with_its_quorum_advances_the_model(tmp_path):
+    state = advanced(folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {})))
+    torch.testing.assert_close(state["params"]["w"], torch.tensor([1 + 3 / 30, 1 + 6 / 30]))
+
+
+def test_a_round_without_its_quorum_names_who_is_missing_and_why(tmp_path):
+    with pytest.raises(ConfigError, match=r"round 3: 1 of 2 sites replied, the quorum is 2 \(b: shape\)") as caught:
+        advanced(folded(tmp_path, ("a", SUMMAND, {}), ("b", BAD["shape"][0], {})))
+    assert caught.value.code == "quorum"
+
+
+def test_weights_that_cancel_do_not_reach_the_checkpoint(tmp_path):
+    hostile = SUMMAND | {"weight": torch.tensor(-10.0)}
+    with pytest.raises(ConfigError, match="no longer finite") as caught:
+        advanced(folded(tmp_path, ("a", SUMMAND, {}), ("b", hostile, {})))
+    assert caught.value.code == "diverged"
