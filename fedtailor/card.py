@@ -45,7 +45,7 @@ def at_most(epsilon: float) -> str:
     >>> at_most(1.0001)
     '1.001'
     """
-    thousandths = math.ceil(Decimal(str(epsilon)) * 1000)  # decimal: 0.07 is 0.070, not 0.071
+    thousandths = math.ceil(Decimal(str(epsilon)) * 1000)  # decimal: 2.007 is 2.007, not 2.008
     return f"{thousandths // 1000}.{thousandths % 1000:03d}"
 
 

@@ -1,0 +1,165 @@
+"""A site's own rules, and what they say of a plan. Pure: the daemon, a rehearsal and the simulator ask the same code.
+
+There is no default policy: a site without one refuses everything. The coordinator can neither read nor loosen it.
+"""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, PositiveInt
+
+from fedtailor.errors import RefusedError
+from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.study import Frozen, Name, Plan
+
+Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
+
+
+class Hours(Frozen):
+    """A window of the day in the site's own time; one that ends before it begins runs past midnight."""
+
+    begin: Clock
+    end: Clock
+
+    def open_at(self, moment: datetime) -> bool:
+        """Whether ``moment`` lies in the window.
+
+        >>> Hours(begin="22:00", end="06:00").open_at(datetime(2026, 1, 1, 23, 30))
+        True
+        """
+        now = moment.strftime("%H:%M")
+        if self.begin <= self.end:
+            return self.begin <= now < self.end
+        return now >= self.begin or now < self.end
+
+
+class Policy(Frozen):
+    """What a site allows."""
+
+    studies: Annotated[tuple[Name, ...], Field(min_length=1)]  # the studies it takes part in, by name
+    epsilon: Annotated[float, Field(gt=0)]  # the most that the data set may ever spend, all studies together
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    epsilon_per_study: Annotated[float, Field(gt=0)] | None = None  # the most that one study may spend
+    least_noise: Annotated[float, Field(ge=0)] = 0.0  # noise multiplier
+    greatest_clip: Annotated[float, Field(gt=0)] | None = None
+    without_privacy: bool = False  # whether a study without differential privacy may train here
+    recipes: tuple[str, ...] | None = None  # by their last name, as in fedtailor.recipes.tabular; None: any installed
+    strategies: tuple[str, ...] | None = None
+    max_rounds: PositiveInt = 1000
+    max_steps: PositiveInt = 10_000  # in one round
+    minimum_cohort: PositiveInt = 1  # a round must count only with at least this many sites
+    partners: tuple[Name, ...] | None = None  # who may take part beside this site; None: anyone
+    metrics: bool = True  # whether metrics of the held-out part may leave; they are exact, not private
+    minimum_count: PositiveInt = 10  # fewer held-out rows than this, and no metric leaves
+    max_download_mb: PositiveInt = 2048  # of one message
+    max_upload_mb: PositiveInt = 2048  # of one answer
+    hours: Hours | None = None  # when work may begin; None: at any time
+
+
+class Rule(NamedTuple):
+    """One line of a verdict."""
+
+    code: str  # the word that leaves the site if the rule refuses
+    what: str  # in plain words
+    asked: str
+    allowed: str
+    ok: bool
+
+
+class Case(NamedTuple):
+    """What a plan is judged against, beside the policy."""
+
+    site: str
+    spent: Sequence[Charge]  # everything ever charged to the data set, other studies' too
+    answer_bytes: int  # of one answer, at most
+
+
+def charge_of(plan: Plan) -> Charge | None:
+    """What one round of a plan costs, or None where the plan has no differential privacy."""
+    if plan.privacy is None:
+        return None
+    if plan.privacy.noise_multiplier is None:
+        raise RefusedError("the plan does not say how much noise to add (privacy.noise_multiplier)", code="plan")
+    return Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
+
+
+def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
+    """Every rule that bears on ``plan``, whether it holds or not."""
+    recipe, strategy = (spec.target.rpartition(".")[2] for spec in (plan.recipe, plan.strategy))
+    others = [site for site in plan.sites if site != case.site]
+    rules = [
+        _rule("roster", "this site is listed", case.site in plan.sites, ", ".join(plan.sites), case.site),
+        _rule("study", "the study", plan.study in policy.studies, plan.study, ", ".join(policy.studies)),
+        _among("recipe", "the recipe", [recipe], policy.recipes),
+        _among("strategy", "the strategy", [strategy], policy.strategies),
+        _among("partners", "who else takes part", others, policy.partners),
+        _least("cohort", "sites behind a round, at least", plan.quorum, policy.minimum_cohort),
+        _most("rounds", "rounds", plan.rounds, policy.max_rounds),
+        _most("steps", "local steps a round", plan.local.steps, policy.max_steps),
+        _most("upload", "megabytes of one answer", round(case.answer_bytes / 2**20, 3), policy.max_upload_mb),
+    ]
+    return rules + (_without(policy) if plan.privacy is None else _privacy(policy, plan, case))
+
+
+def _without(policy: Policy) -> list[Rule]:
+    allowed = "allowed" if policy.without_privacy else "not allowed"
+    return [_rule("privacy", "differential privacy", policy.without_privacy, "none", f"none is {allowed}")]
+
+
+def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
+    assert plan.privacy is not None
+    stated, charge = plan.privacy, charge_of(plan)
+    assert charge is not None
+    whole = epsilon([charge] * plan.rounds, stated.delta)
+    total = epsilon([*case.spent, *[charge] * plan.rounds], stated.delta)
+    rules = [
+        _least("noise", "noise multiplier", charge.noise_multiplier, policy.least_noise),
+        _most("delta", "delta", stated.delta, policy.delta),
+        _most("epsilon", "the study's epsilon by its noise, against its promise", whole, stated.epsilon),
+        _most("budget", "epsilon of the data set over all studies", total, policy.epsilon),
+    ]
+    if policy.greatest_clip is not None:
+        rules.append(_most("clip", "clip", stated.clip, policy.greatest_clip))
+    if policy.epsilon_per_study is not None:
+        rules.append(_most("epsilon-per-study", "epsilon of one study", whole, policy.epsilon_per_study))
+    return rules
+
+
+def refuse(rules: Sequence[Rule]) -> None:
+    """Raise for the first rule that does not hold.
+
+    Raises:
+        RefusedError: with the rule's code; its text, for the site's people, says what is asked and what is allowed.
+    """
+    for rule in rules:
+        if not rule.ok:
+            raise RefusedError(f"{rule.what}: the plan asks {rule.asked}; allowed is {rule.allowed}", code=rule.code)
+
+
+def _rule(code: str, what: str, ok: bool, asked: str, allowed: str) -> Rule:
+    return Rule(code, what, asked, allowed, ok)
+
+
+def _among(code: str, what: str, asked: Sequence[str], allowed: Sequence[str] | None) -> Rule:
+    ok = allowed is None or set(asked) <= set(allowed)
+    return Rule(code, what, ", ".join(asked) or "nobody", "any" if allowed is None else ", ".join(allowed), ok)
+
+
+def _most(code: str, what: str, asked: float, allowed: float) -> Rule:
+    return Rule(code, what, f"{asked:.6g}", f"at most {allowed:g}", asked <= allowed * (1 + 1e-9))
+
+
+def _least(code: str, what: str, asked: float, allowed: float) -> Rule:
+    return Rule(code, what, f"{asked:.6g}", f"at least {allowed:g}", asked >= allowed)
+
+
+def open_now(policy: Policy, moment: datetime) -> None:
+    """Refuse outside the policy's hours.
+
+    Raises:
+        RefusedError: code ``hours``.
+    """
+    if policy.hours is not None and not policy.hours.open_at(moment):
+        window = f"{policy.hours.begin} to {policy.hours.end}"
+        raise RefusedError(f"it is {moment:%H:%M}; policy.hours allows work from {window}", code="hours")
