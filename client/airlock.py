@@ -11,15 +11,16 @@ import time
 from functools import lru_cache
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 
 from fedtailor import recipe as recipes
 from fedtailor import store, wire
 from fedtailor.client import inbox
 from fedtailor.client.fleet import Envelope, Fleet
-from fedtailor.client.site import Policy
 from fedtailor.config import build
 from fedtailor.errors import RefusedError, WireError
+from fedtailor.policy import Policy
 from fedtailor.recipe import Recipe
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
@@ -31,7 +32,8 @@ def agreed(plan_text: str) -> wire.Spec:
     """What a plan says will leave: the names, dtypes and shapes of the summand."""
     plan = Plan.parse(plan_text)
     recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
-    return wire.spec_of(wire.summand(plan, strategy, recipes.initial(recipe, plan.seed)))
+    with torch.device("meta"):  # a hostile plan may name a model of any size
+        return wire.spec_of(wire.summand(plan, strategy, recipes.shapes(recipe)))
 
 
 def admit(

@@ -14,9 +14,9 @@ from flwr.clientapp import ClientApp
 from safetensors.torch import load, save
 
 from fedtailor import tree, wire
-from fedtailor.client.site import charge_of
 from fedtailor.client.work import Work, perform, prepared
 from fedtailor.config import build
+from fedtailor.policy import charge_of
 from fedtailor.privacy.accounting import epsilon
 from fedtailor.recipe import Dataset
 from fedtailor.study import Spec

@@ -3,6 +3,7 @@
 Every reservation is on disk before the work starts and is never refunded, so that a crash can only ever count too much.
 """
 
+import math
 import secrets
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,6 +68,7 @@ class Ledger:
         visit: str,
         charge: Charge,
         cap: Cap,
+        promise: float = math.inf,
         again: bool = False,
     ) -> Reservation:
         """Charge ``account`` for one piece of work, durably, before it starts.
@@ -82,17 +84,27 @@ class Ledger:
             visit: names one piece of work and all of its inputs.
             charge: what it costs.
             cap: the site's limit on everything ever spent.
+            promise: the most epsilon, at the cap's delta, that ``study`` may ever spend on these data.
             again: charge anew if the visit is settled, because its stored output was lost.
 
         Raises:
-            RefusedError: code ``budget``, if the charge does not fit; nothing is written.
+            RefusedError: code ``budget``, if the charge does not fit under the cap, or ``promise``; nothing is written.
         """
         z, rate = float(charge.noise_multiplier), float(charge.rate)  # as SQLite gives them back, for the chain
         what = (account, fingerprint, study, visit, z, rate, charge.steps)
         with self._journal.transaction() as db:
             if (known := _find(db, what)) and not (again and known.settled_digest is not None):
                 return known
-            spent = _charges(db, account, fingerprint)
+            known_charges = _charges(db, account, fingerprint)
+            spent = [each for _, each in known_charges]
+            of_study = [each for name, each in known_charges if name == study]
+            whole = accounting.epsilon([*of_study, charge], cap.delta)
+            if whole > promise * (1 + 1e-9):
+                raise RefusedError(
+                    f"study {study!r} would spend epsilon {whole:.3f} on {account!r}; its plan promises at most "
+                    f"{promise:g}",
+                    code="promise",
+                )
             after = accounting.epsilon([*spent, charge], cap.delta)
             if accounting.allowed(after, cap):
                 key = secrets.token_bytes(32)
@@ -126,10 +138,10 @@ class Ledger:
                 db.execute("DELETE FROM keys WHERE reservation = ?", (reservation_id,))
         self._journal.erase()
 
-    def charges(self, account: str, fingerprint: str) -> list[Charge]:
-        """Every charge linked to this data set, settled or not."""
+    def charges(self, account: str, fingerprint: str, *, without: str | None = None) -> list[Charge]:
+        """Every charge linked to this data set, settled or not; those of the study ``without`` left out."""
         with self._journal.transaction() as db:
-            return _charges(db, account, fingerprint)
+            return [charge for study, charge in _charges(db, account, fingerprint) if study != without]
 
     def spent(self, *, account: str, fingerprint: str, delta: float) -> float:
         """The composed epsilon of :meth:`charges`."""
@@ -178,12 +190,14 @@ def _settled(db: Connection, id: int) -> str | None:
     return None if row is None else str(row[0])
 
 
-def _charges(db: Connection, account: str, fingerprint: str) -> list[Charge]:
+def _charges(db: Connection, account: str, fingerprint: str) -> list[tuple[str, Charge]]:
     accounts, prints, before = {account}, {fingerprint}, 0
     pairs = db.execute("SELECT DISTINCT account, fingerprint FROM events WHERE kind = 'reserve'").fetchall()
     while before != (before := len(accounts) + len(prints)):
         linked = [(a, f) for a, f in pairs if a in accounts or f in prints]
         accounts |= {a for a, _ in linked}
         prints |= {f for _, f in linked}
-    rows = db.execute("SELECT account, noise_multiplier, rate, steps FROM events WHERE kind = 'reserve' ORDER BY id")
-    return [Charge(z, rate, steps) for a, z, rate, steps in rows if a in accounts]
+    rows = db.execute(
+        "SELECT account, study, noise_multiplier, rate, steps FROM events WHERE kind = 'reserve' ORDER BY id"
+    )
+    return [(study, Charge(z, rate, steps)) for a, study, z, rate, steps in rows if a in accounts]

@@ -1,21 +1,23 @@
 """One visit of the coordinator, from the plan that it names to an answer in the outbox: judge, reserve, train, admit."""
 
 import shutil
+from datetime import datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
-from fedtailor import store
+from fedtailor import store, wire
 from fedtailor.client import airlock, inbox
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger, Reservation
-from fedtailor.client.site import Home, SiteConfig, charge_of, judge
+from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.workshop import Workshop
 from fedtailor.config import readable
 from fedtailor.errors import RefusedError
-from fedtailor.privacy.accounting import Cap, epsilon
+from fedtailor.policy import Case, Rule, charge_of, open_now, refuse, verdict
+from fedtailor.privacy.accounting import Cap, Charge, epsilon
 from fedtailor.study import Plan
 from fedtailor.wire import Visit
 
@@ -39,12 +41,16 @@ class Visits:
         except (ValidationError, ValueError) as error:
             text = readable(error) if isinstance(error, ValidationError) else str(error)
             raise RefusedError(f"the plan is malformed: {text}", code="plan") from error
-        judge(self.config, plan)
+        refuse(self._verdict(plan, []))  # before the data are touched at all
+        open_now(self.config.policy, datetime.now())
+        if visit.train and visit.round >= plan.rounds:
+            raise RefusedError(f"round {visit.round}: the plan has {plan.rounds} rounds", code="rounds")
         if store.digest(entry.payload) != visit.cast_sha256:  # by that name the answer is stored, and charged for
             raise RefusedError("what was cast is not what the visit names (cast_sha256)", code="cast")
         self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
         data = self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True))
         self.state["data"] = data
+        refuse(self._verdict(plan, self._spent_before(visit.run, data["fingerprint"])))
         reservation = self._reserve(plan, visit, data["fingerprint"])
         inbox.tidy(self.home.outbox, visit)
         out = self.home.state / f".work-{inbox.key_of(visit)}"
@@ -71,6 +77,14 @@ class Visits:
         )
         shutil.rmtree(out, ignore_errors=True)
 
+    def _verdict(self, plan: Plan, spent: list[Charge]) -> list[Rule]:
+        size = wire.size_limit(airlock.agreed(plan.canonical()))
+        return verdict(self.config.policy, plan, Case(self.config.site, spent, size))
+
+    def _spent_before(self, run: str, fingerprint: str) -> list[Charge]:
+        """What other runs have charged to the data."""
+        return self.ledger.charges(self.config.data.name, fingerprint, without=run)
+
     def _reserve(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:
         charge = charge_of(plan)
         if charge is None or plan.privacy is None or not visit.train:
@@ -84,6 +98,7 @@ class Visits:
             visit=inbox.key_of(visit),
             charge=charge,
             cap=cap,
+            promise=plan.privacy.epsilon,
         )
         reservation = reserve()
         if reservation.key is None:  # it was settled, but its answer is gone from the outbox: this is a new release

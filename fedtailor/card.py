@@ -86,7 +86,7 @@ def _recipe(result: Result, plan: Plan) -> list[str]:
     local = plan.local
     return [
         f"{result.rounds} of {plan.rounds} rounds; in each, every site took {local.steps} steps, each on a random "
-        f"{local.rate:.0%} of its training rows, at learning rate {local.lr:g}. Seed {result.seed}, engine "
+        f"{100 * local.rate:g} % of its training rows, at learning rate {local.lr:g}. Seed {result.seed}, engine "
         f"`{result.engine}`, {_transport(result)}.",
         "",
         "```yaml",

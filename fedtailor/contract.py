@@ -40,8 +40,14 @@ class Column(Frozen):
                 raise ValueError(f"{self.name}: a number needs bounds [low, high], got {self.bounds}")
             if self.default is not None and not self.bounds[0] <= self.default <= self.bounds[1]:
                 raise ValueError(f"{self.name}: default {self.default} lies outside the bounds {list(self.bounds)}")
-        elif len(self.codes) < 2:
-            raise ValueError(f"{self.name}: a category needs at least two codes, got {list(self.codes)}")
+            if self.codes:
+                raise ValueError(f"{self.name}: codes are for a category, bounds for a number")
+        else:
+            if len(self.codes) < 2:
+                raise ValueError(f"{self.name}: a category needs at least two codes, got {list(self.codes)}")
+            if self.bounds is not None or self.default is not None:
+                raise ValueError(f"{self.name}: bounds and default are for a number; a category has codes")
+        _distinct(self.name, [*self.codes, *self.missing])
         return self
 
 
@@ -52,6 +58,11 @@ class Label(Frozen):
     positive: Annotated[tuple[Code, ...], Field(min_length=1)]
     negative: Annotated[tuple[Code, ...], Field(min_length=1)]
     description: str = ""
+
+    @model_validator(mode="after")
+    def _codes_are_distinct(self) -> "Label":
+        _distinct(self.name, [*self.positive, *self.negative])
+        return self
 
 
 class Contract(Frozen):
@@ -68,9 +79,16 @@ class Contract(Frozen):
     @model_validator(mode="after")
     def _names_are_distinct(self) -> "Contract":
         names = [column.name for column in self.columns] + [self.label.name]
+        names += [self.subject] if self.subject else []
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"column {repeated[0]!r} is declared twice")
         return self
+
+
+def _distinct(name: str, codes: list[Code]) -> None:
+    known = [_same(code) for code in codes]
+    if repeated := sorted({code for code in known if known.count(code) > 1}):
+        raise ValueError(f"{name}: {repeated[0]} stands twice among its codes; each needs one meaning")
 
 
 class Row(NamedTuple):

@@ -67,7 +67,7 @@ def csv_folder(folder: str, sites: Sequence[str]) -> dict[str, DataSource]:
 def write_csv(table: Table, path: Path) -> None:
     """Write a table as a CSV file."""
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, lineterminator="\r\n")
     writer.writerow(table)
     writer.writerows(zip(*table.values(), strict=True))
     store.write_text(path, text.getvalue())

@@ -45,7 +45,7 @@ def issue(ca: Path, folder: Path, stem: str, name: str, *, server: bool, hosts: 
     purpose = ExtendedKeyUsageOID.SERVER_AUTH if server else ExtendedKeyUsageOID.CLIENT_AUTH
     builder = _certificate(name, key.public_key(), issuer.subject, ca_key.public_key(), days)
     builder = builder.add_extension(x509.BasicConstraints(False, None), True)
-    builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([purpose]), False)
     names = [_alternative(host) for host in hosts] or [x509.DNSName(name)]
     builder = builder.add_extension(x509.SubjectAlternativeName(names), False)
     _write_pair(folder, stem, key, builder.sign(ca_key, hashes.SHA384()))

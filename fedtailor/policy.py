@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 from pydantic import Field, PositiveInt
 
 from fedtailor.errors import RefusedError
-from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.privacy.accounting import Charge, affordable, epsilon
 from fedtailor.study import Frozen, Name, Plan
 
 Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
@@ -71,7 +71,7 @@ class Case(NamedTuple):
     """What a plan is judged against, beside the policy."""
 
     site: str
-    spent: Sequence[Charge]  # everything ever charged to the data set, other studies' too
+    spent: Sequence[Charge]  # what other runs have charged to the data set
     answer_bytes: int  # of one answer, at most
 
 
@@ -119,6 +119,10 @@ def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         _most("epsilon", "the study's epsilon by its noise, against its promise", whole, stated.epsilon),
         _most("budget", "epsilon of the data set over all studies", total, policy.epsilon),
     ]
+    if not rules[-1].ok:
+        rounds = affordable(case.spent, charge, policy.epsilon, stated.delta)
+        enough = f"{rules[-1].allowed}, which is enough for {rounds} such rounds"
+        rules[-1] = rules[-1]._replace(allowed=enough)
     if policy.greatest_clip is not None:
         rules.append(_most("clip", "clip", stated.clip, policy.greatest_clip))
     if policy.epsilon_per_study is not None:

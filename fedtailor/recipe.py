@@ -48,6 +48,12 @@ def initial(recipe: Recipe, seed: int) -> Params:
         return {name: p.detach().clone() for name, p in recipe.model().named_parameters()}
 
 
+def shapes(recipe: Recipe) -> Params:
+    """Parameters without memory behind them: names, dtypes and shapes of a model that may be too large to make."""
+    with torch.device("meta"):
+        return {name: p.detach() for name, p in recipe.model().named_parameters()}
+
+
 def losses(recipe: Recipe) -> Losses:
     """The recipe's loss as a pure function of parameters."""
     module = recipe.model()

@@ -28,12 +28,15 @@ class CsvSource:
             with self.path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file)
                 header = next(reader, None)
+                header = [name.strip() for name in header or []]
                 if not header:
                     raise ContractError(f"data: {self.path} is empty; it needs a header line with the column names")
                 if repeated := sorted({name for name in header if header.count(name) > 1}):
                     raise ContractError(f"data: {self.path} names column {repeated[0]!r} twice")
                 rows = []
                 for row in reader:
+                    if not row:
+                        continue  # a blank line, the last one most often
                     if len(row) != len(header):
                         raise ContractError(
                             f"data: {self.path} line {reader.line_num} has {len(row)} cells, the header has {len(header)}"

@@ -57,13 +57,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0
                 raise
     except OSError as error:
         raise _unwritable(path, error) from error
-    try:
-        _sync(path.parent)
-    except OSError as error:
-        raise StoreError(
-            f"{path} is written, but its folder cannot be synchronised ({error.strerror}): "
-            "it may not survive a power failure; mend the disk and write it again"
-        ) from error
+    _sync_name(path)
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
@@ -133,10 +127,11 @@ def commit_folder(draft: Path, target: Path) -> None:
     try:
         _sync(draft)
         os.rename(draft, target)
-        _sync(target.parent)
     except OSError as error:
-        if not target.exists():
-            raise _unwritable(target, error) from error
+        if target.exists():
+            return
+        raise _unwritable(target, error) from error
+    _sync_name(target)
 
 
 def digest(path: Path) -> str:
@@ -173,6 +168,16 @@ def _is_at(handle: int, path: Path) -> bool:
         return os.path.samestat(os.fstat(handle), os.stat(path, follow_symlinks=False))
     except FileNotFoundError:
         return False
+
+
+def _sync_name(path: Path) -> None:
+    try:
+        _sync(path.parent)
+    except OSError as error:
+        raise StoreError(
+            f"{path} is written, but its folder cannot be synchronised ({error.strerror}): "
+            "it may not survive a power failure; mend the disk and write it again"
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -12,6 +12,8 @@ from fedtailor.config import readable
 from fedtailor.errors import ConfigError
 from fedtailor.study import Frozen, Name
 
+HostName = Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-:]{1,253}$")]  # a name, punycode if need be, or an address
+
 
 class ServerConfig(Frozen):
     """``server.yaml``."""
@@ -19,7 +21,7 @@ class ServerConfig(Frozen):
     name: Name = "consortium"
     host: str = "127.0.0.1"  # the address to listen on; loopback until an operator says otherwise
     port: Annotated[int, Field(ge=1, le=65535)] = 8443
-    hosts: tuple[str, ...] = ("localhost", "127.0.0.1")  # names and addresses that sites may use
+    hosts: Annotated[tuple[HostName, ...], Field(min_length=1)] = ("localhost", "127.0.0.1")  # that sites may use
 
 
 class Home:
@@ -49,7 +51,7 @@ class Home:
         for folder in (self.folder, self.sites, self.studies):
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
-        pki.make_ca(self.tls, f"{config.name} CA")
+        pki.make_ca(self.tls, f"{config.name[:60]} CA")
         pki.issue(self.tls, self.tls, "server", config.name, server=True, hosts=list(config.hosts))
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         store.write_text(self.folder / "server.yaml", text)

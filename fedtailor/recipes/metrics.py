@@ -25,7 +25,7 @@ def binary(outputs: Tensor, y: Tensor) -> Metrics:
         "auroc": float(roc_auc_score(truth, logits)) if ranked else None,
         "auprc": float(average_precision_score(truth, logits)) if ranked else None,
         "accuracy": float((decided == truth).mean()),
-        "f1": float(f1_score(truth, decided)) if truth.any() and decided.any() else None,
+        "f1": float(f1_score(truth, decided)) if truth.any() else None,
         "precision": float(precision_score(truth, decided)) if decided.any() else None,
         "recall": float(recall_score(truth, decided)) if truth.any() else None,
         "loss": float(binary_cross_entropy_with_logits(outputs.double(), y.double())),

@@ -115,6 +115,19 @@ def test_it_refuses_before_work_and_says_what_is_left(ledger):
     assert ledger.reserve(visit="v3", **WORK).id == 4  # what was charged may still be finished
 
 
+def test_a_study_never_spends_more_than_its_plan_promises(ledger):
+    """Also where the site's own cap would allow more: a coordinator could ask one round again and again."""
+    promise = epsilon([CHARGE] * 2, CAP.delta)
+    for i in range(2):
+        ledger.reserve(visit=f"v{i}", promise=promise, **WORK)
+    assert ledger.reserve(visit="v1", promise=promise, **WORK).key, "what was granted is granted"
+    with pytest.raises(RefusedError, match="promises at most") as refused:
+        ledger.reserve(visit="v2", promise=promise, **WORK)
+    assert refused.value.code == "promise" and len(ledger.statement()) == 2
+    ledger.reserve(visit="v2", promise=promise, **WORK | {"study": "another"})
+    assert len(ledger.charges("heart", "f0", without="s")) == 1 and len(ledger.charges("heart", "f0")) == 3
+
+
 def test_renaming_or_changing_the_data_never_resets_the_budget(ledger):
     ledger.reserve(visit="1", **WORK)
     ledger.reserve(visit="2", **WORK | {"account": "renamed"})  # the same rows
