@@ -127,7 +127,7 @@ def _release(module: GradSampleModule, order: Params, expected: float, optimizer
     optimizer.add_noise()
     named = dict(module._module.named_parameters())
     grads = {name: named[name].grad / expected for name in order}
-    if not all(bool(g.isfinite().all()) for g in grads.values()):
+    if not all(tree.finite(g) for g in grads.values()):
         raise FedtailorError(
             "training: the noisy gradient is not finite; the model or the clip is too large for float32",
             code="not_finite",

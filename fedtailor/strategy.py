@@ -36,10 +36,23 @@ class Reduce(NamedTuple):
     is_sum: bool = False  # a sum needs O(1) memory, can be secretly aggregated and has a sensitivity
 
 
+PIECE = 1 << 20  # elements: adding a float32 tensor to a float64 one makes a float64 copy of what is added at once
+
+
 def _sum(acc: Tree | None, block: Tree) -> Tree:
     if acc is None:  # float64: the order in which replies arrive then does not show in float32 parameters
-        return tree.map(lambda x: x.sum(0, dtype=torch.double), block)
-    return tree.map(lambda a, x: a.add_(x[0] if len(x) == 1 else x.sum(0, dtype=torch.double)), acc, block)
+        return tree.map(lambda x: x[0].double() if len(x) == 1 else x.sum(0, dtype=torch.double), block)
+    return tree.map(_add, acc, block)
+
+
+def _add(acc: Tensor, block: Tensor) -> Tensor:
+    if len(block) > 1:
+        return acc.add_(block.sum(0, dtype=torch.double))
+    if not (acc.is_contiguous() and block.is_contiguous()):
+        return acc.add_(block[0])
+    for total, piece in zip(torch.split(acc.view(-1), PIECE), torch.split(block.view(-1), PIECE), strict=True):
+        total.add_(piece)
+    return acc
 
 
 def _cat(acc: Tree | None, block: Tree) -> Tree:

@@ -80,6 +80,18 @@ def lowered(tree: Tree, like: Tree) -> Tree:
     return out
 
 
+def finite(x: Tensor) -> bool:
+    """Whether every value is finite, without a temporary copy: a NaN or an infinity shows in the least or the greatest.
+
+    >>> finite(torch.tensor([1.0, float("nan")])), finite(torch.ones(0)), finite(torch.tensor([3]))
+    (False, True, True)
+    """
+    if not x.is_floating_point() or not x.numel():
+        return True
+    low, high = x.aminmax()
+    return bool(low.isfinite() & high.isfinite())
+
+
 def norm(tree: Tree) -> Tensor:
     """The joint L2 norm of all leaves: a scalar."""
     return torch.stack([x.double().square().sum() for x in leaves(tree)]).sum().sqrt()

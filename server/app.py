@@ -10,6 +10,7 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -28,6 +29,7 @@ from fedtailor.result import Result
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.rounds import Answer, advance, close_round
 from fedtailor.strategy import Strategy, model_in
+from fedtailor.tree import Tree
 from fedtailor.wire import Report, Visit
 
 PATIENCE_S = 120.0  # for nodes to connect
@@ -74,7 +76,7 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
             closed = closed._replace(sent={site: len(payload) for site in messages})
             progress = noted(progress, plan, closed, round, time.monotonic() - clock if train else None)
             if train:
-                state = advance(plan, strategy, state, closed, round, like)
+                state = advance(plan, strategy, partial(_same, state), closed, round, like)
                 progress = progress._replace(round=round + 1)
     params = model_in(strategy.broadcast(state))
     progress = progress._replace(wall_s=time.monotonic() - began)
@@ -83,6 +85,10 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
     write_run(out, result=result, plan=plan, params=params, config_yaml=config)
     return result
+
+
+def _same(state: Tree) -> Tree:
+    return state
 
 
 def _wait_for(grid: Grid, count: int) -> list[int]:

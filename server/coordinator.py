@@ -84,6 +84,9 @@ class Coordinator:
             local = control.serve(socket_path, "Server", methods, {"Watch": self._watch})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)  # uvicorn takes them over, and hands them back when it ends
+            import fedtailor.recipes  # here, not when the first study is submitted
+            import fedtailor.strategies  # noqa: F401
+
             gc.collect()
             gc.freeze()  # what is loaded by now stays: later sweeps need not look at it
             try:

@@ -9,7 +9,7 @@ import hashlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from fedtailor import recipe as recipes
@@ -81,29 +81,31 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     began, plan = time.monotonic(), run.plan()
     recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
     start = recipes.initial(recipe, plan.seed)
-    state, progress = run.load(plan.digest()) or (strategy.init(start), Progress())
-    like = wire.summand(plan, strategy, start)
-    del start  # it would be a copy of the model that nobody needs
+    if (known := run.load(plan.digest())) is None:
+        known = strategy.init(start), Progress()
+        run.save(*known, plan.digest())
+    progress, like = known[1], wire.summand(plan, strategy, start)
+    del start, known  # between rounds the state lies in the checkpoint only: in memory it would be a copy of the model
     events.emit("started", run=run.name, study=plan.study, round=progress.round, rounds=plan.rounds)
     run.write_status("running", progress.round)
     tour = _Tour(run, plan, strategy, like, setting, events)
     setup_s, before = time.monotonic() - began, progress.wall_s
     try:
         while progress.round < plan.rounds and not setting.stop.is_set() and not setting.halt.is_set():
-            closed, seconds = tour.visit(state, progress.round, train=True)
+            closed, seconds = tour.visit(progress.round, train=True)
             if setting.stop.is_set() or setting.halt.is_set():
                 break  # an interrupted round does not count
             progress = noted(progress, plan, closed, progress.round, seconds)
-            state = advance(plan, strategy, state, closed, progress.round, tour.like)
-            del closed
+            state = advance(plan, strategy, tour.state, closed, progress.round, like)
             progress = progress._replace(round=progress.round + 1, wall_s=before + time.monotonic() - began)
             run.save(state, progress, plan.digest())
+            del closed, state
             run.write_status("running", progress.round)
             events.emit("round", run=run.name, round=progress.round, rounds=plan.rounds, seconds=seconds)
         if setting.halt.is_set():
             run.write_status("queued", progress.round, "interrupted; it resumes when the coordinator starts again")
             return progress
-        closed, _ = tour.visit(state, progress.round, train=False)
+        closed, _ = tour.visit(progress.round, train=False)
         progress = noted(progress, plan, closed, progress.round, None)
     finally:
         tour.close()
@@ -111,7 +113,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
         run.write_status("queued", progress.round, "interrupted; it resumes when the coordinator starts again")
         return progress
     status: Ending = "completed" if progress.round == plan.rounds else "stopped"
-    params = model_in(strategy.broadcast(state))
+    params = model_in(strategy.broadcast(tour.state()))
     progress = progress._replace(wall_s=before + time.monotonic() - began)
     result = result_of(plan, progress, params, status=status, setup_s=setup_s, transport=setting.transport)
     config_yaml = (run.folder / "config.yaml").read_text()
@@ -125,7 +127,7 @@ class _Tour:
     """Visits to all sites of one run, over one Flower run."""
 
     def __init__(self, run: Run, plan: Plan, strategy: Strategy, like: Tree, setting: Setting, events: Events) -> None:
-        self.run, self.plan, self.strategy, self.like = run, plan, strategy, like
+        self.run, self.plan, self.strategy = run, plan, strategy
         self.spec = wire.spec_of(like)
         self.setting, self.events = setting, events
         self.flower_run, self.task = setting.superlink.open_run()
@@ -133,10 +135,19 @@ class _Tour:
         self.spool.mkdir(exist_ok=True)
         self.ticked = 0.0
 
-    def visit(self, state: Tree, round: int, *, train: bool) -> tuple[Closed, float]:
+    def state(self) -> Tree:
+        """The strategy's state after the last closed round."""
+        known = self.run.load(self.plan.digest())
+        assert known is not None
+        return known[0]
+
+    def _cast(self) -> bytes:
+        return b"".join(store.safetensors(tree.flatten(self.strategy.broadcast(self.state()))))
+
+    def visit(self, round: int, *, train: bool) -> tuple[Closed, float]:
         """Ask every site once; returns what came and the seconds it took."""
         began, plan, setting = time.monotonic(), self.plan, self.setting
-        cast = tree.flatten(self.strategy.broadcast(state))
+        made = [self._cast()]  # for the first push; whoever joins later is sent it made anew
         visit = Visit(
             run=self.run.name,
             round=round,
@@ -144,15 +155,13 @@ class _Tour:
             evaluate=not train or round % plan.evaluation.every == 0,
             baseline=not train and plan.evaluation.baseline,
             plan=plan.canonical(),
-            cast_sha256=digest(store.safetensors(cast)),
+            cast_sha256=hashlib.sha256(made[0]).hexdigest(),
         )
         sent: dict[str, int] = {}
         head = len(visit.model_dump_json())
 
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
-            payload = b"".join(
-                store.safetensors(cast)
-            )  # made anew each time: held for the whole round it would cost a copy of the model
+            payload = made.pop() if made else self._cast()
             ids = setting.superlink.push(self.flower_run, wire.record(visit, payload), nodes, ttl)
             setting.bell.ring()
             for name, node in setting.superlink.nodes().items():
@@ -195,14 +204,6 @@ class _Tour:
     def close(self) -> None:
         """End the Flower run and delete what is left of its messages."""
         self.setting.superlink.close_run(self.flower_run, self.task)
-
-
-def digest(pieces: Iterable[bytes | memoryview]) -> str:
-    """SHA-256, hexadecimal, of what need not be whole in memory."""
-    total = hashlib.sha256()
-    for piece in pieces:
-        total.update(piece)
-    return total.hexdigest()
 
 
 class _Either:

@@ -1,5 +1,6 @@
 """``kill -9`` of everything there is, in mid-round and in mid-upload: nothing counts twice and no epsilon is lost."""
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -81,7 +82,8 @@ def test_a_run_survives_kill_9_with_half_an_answer_sent(deployment, victim):
     known = set(transit.iterdir())
     deployment.until(lambda: set(transit.iterdir()) - known, 60, "a chunk of it", 0.001)
     deployment.kill(victim)
-    assert not (deployment.run_folder(run) / "checkpoint.safetensors").exists(), "the round was open"
+    status = json.loads((deployment.run_folder(run) / "status.json").read_text())
+    assert status["round"] == 0, "the round was open"
     deployment.start(victim)
     result = deployment.finish(run)
     assert result["rounds"] == 2 and not result["dropped"]

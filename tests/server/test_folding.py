@@ -102,7 +102,7 @@ START = {"w": torch.tensor([1.0, 1.0])}
 def advanced(closed):
     strategy = strategies.fedavg()
     like = tree.unflatten({"delta/w": torch.zeros(2), "weight": torch.zeros(())})
-    return advance(PLAN, strategy, strategy.init(START), closed, 3, like)
+    return advance(PLAN, strategy, lambda: strategy.init(START), closed, 3, like)
 
 
 def test_a_round_with_its_quorum_advances_the_model(tmp_path):
