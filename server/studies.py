@@ -118,8 +118,8 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     result = result_of(plan, progress, params, status=status, setup_s=setup_s, transport=setting.transport)
     config_yaml = (run.folder / "config.yaml").read_text()
     write_run(run.folder, result=result, plan=plan, params=params, config_yaml=config_yaml)
-    run.write_status(status, progress.round)
     events.emit("finished", run=run.name, status=status, round=progress.round)
+    run.write_status(status, progress.round)  # last: who watches takes it for the end of the events
     return progress
 
 
