@@ -53,8 +53,9 @@ def perform(
     """
     began = time.monotonic()
     plan, recipe, strategy = prepared(visit.plan)
-    start = recipes.initial(recipe, plan.seed)
-    wire.check(tree.flatten(cast), wire.spec_of(strategy.broadcast(strategy.init(start))))
+    with torch.device("meta"):  # shapes only
+        expected = strategy.broadcast(strategy.init(recipes.shapes(recipe)))
+    wire.check(tree.flatten(cast), wire.spec_of(expected))
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
                     summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
     update: dict[str, object] = {}
@@ -64,7 +65,8 @@ def perform(
         update["baseline"] = recipes.evaluate(recipe, train_alone(recipe, data.train, plan, site), data.test, minimum)
     summand: Tree = {}
     if visit.train:
-        memory = memory or strategy.remember(start)
+        if not memory and strategy.remember(expected["params"]):
+            memory = strategy.remember(recipes.initial(recipe, plan.seed))
         if plan.privacy is None:
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
             batches = pack(data.train, mask, plan.local.rate)

@@ -93,7 +93,7 @@ class Worker:
         if kept[0].memory:
             store.save_tree(out / "memory.safetensors", kept[0].memory, {})
         report, summand = wire.unpacked(reply.content)
-        store.write_bytes(out / "summand.safetensors", summand)
+        (out / "summand.safetensors").write_bytes(summand)  # scratch: what leaves, the airlock makes durable
         store.write_text(out / "work.json", report)
         return {}
 

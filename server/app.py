@@ -112,8 +112,8 @@ def _answers(grid: Grid, messages: dict[str, Message], deadline_s: float, spool:
                 continue
             head, payload = wire.unpacked(reply.content)
             report, path = wire.parse_head(Report, head), spool / f"{site}.safetensors"
-            path.write_bytes(wire.salted(report.salt)(payload))  # what follows takes the salt off again
-            yield Answer(site, report, path, None, len(head) + len(payload))
+            path.write_bytes(payload)
+            yield Answer(site, report, path, None, len(head) + len(payload), hashlib.sha256(payload).hexdigest())
         time.sleep(0.05)
     for site in asked.values():
         yield Answer(site, None, None, "late", 0)

@@ -29,8 +29,8 @@ def stream(tmp_path, *given):
     for site, flat, changed in given:
         payload, path = flat if isinstance(flat, bytes) else save(flat), tmp_path / f"{site}.safetensors"
         said = report(**{"summand_sha256": hashlib.sha256(payload).hexdigest()} | changed)
-        path.write_bytes(wire.salted(said.salt)(payload))
-        yield Answer(site, said, path, None, 100)
+        path.write_bytes(payload)
+        yield Answer(site, said, path, None, 100, hashlib.sha256(payload).hexdigest())
 
 
 def folded(tmp_path, *given, strategy=None, visit=VISIT):
