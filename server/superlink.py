@@ -14,6 +14,7 @@ from flwr.app.message.message import make_message, remove_content_from_message
 from flwr.app.metadata import Metadata
 from flwr.common.constant import NOOP_ACCOUNT_NAME, NOOP_FLWR_AID, SUPERLINK_NODE_ID, ErrorCode, SubStatus
 from flwr.supercore.constant import NOOP_FEDERATION_ID, TaskType
+from flwr.supercore.error import http_error_translator
 from flwr.supercore.inflatable.inflatable_object import (
     get_all_nested_objects,
     get_object_tree,
@@ -21,9 +22,11 @@ from flwr.supercore.inflatable.inflatable_object import (
     no_object_id_recompute,
 )
 from flwr.supercore.object_store import NoObjectInStoreError
+from flwr.supercore.protobuf.translation import ProtobufTranslationMiddleware
 from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
+from flwr.superlink.routers.fleet.node_auth import NodeAuthMiddleware
 
 from fedtailor.errors import WireError
 from fedtailor.server.spill import SpillStore
@@ -77,6 +80,11 @@ class SuperLink:
             runtime_dependency_install=False,
         )
         self.app = create_app(config, SuperLinkLifespan)
+        # Nine layers of middleware cost more than the work of a small round; these three are what a fleet route needs.
+        # The others serve the Control and Runtime API, which the listener does not let through, and event logs.
+        self.app.user_middleware = [layer for layer in self.app.user_middleware if _needed(layer)]
+        if NodeAuthMiddleware not in [cast(Any, layer.cls) for layer in self.app.user_middleware]:
+            raise RuntimeError("Flower's node authentication is not where it was; see tests/server/test_superlink.py")
         self.state = self.app.state.linkstate_factory.state()
         self.store = self.state._object_store = SpillStore(spool)
         # Both run in every request of every site, and together take half of a small round's time: looking for expired
@@ -192,6 +200,13 @@ class SuperLink:
         self.state.delete_messages(message_ins_ids=set(asked))
         for message_id in [*answers, *asked]:
             self.store.delete(message_id)
+
+
+def _needed(layer: Any) -> bool:
+    return (
+        layer.cls in (ProtobufTranslationMiddleware, NodeAuthMiddleware)
+        or layer.kwargs.get("dispatch") is http_error_translator
+    )
 
 
 def seldom(fn: Callable[[], None], seconds: float) -> Callable[[], None]:

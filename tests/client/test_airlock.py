@@ -224,7 +224,7 @@ def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
     stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), tmp_path / "egress.jsonl"
     assert airlock.release(fleet, ENVELOPE, stored.report, stored.payload, egress) == 1234
     ((envelope, content, seconds),) = fleet.sent
-    assert (envelope, seconds) == (ENVELOPE, 1.2) and content["payload"][wire.STYPE].data == stored.payload
+    assert (envelope, seconds) == (ENVELOPE, 1.2) and wire.unpacked(content)[1] == stored.payload
     assert Report.model_validate_json(content["head"]["json"]) == stored.report
     (line,) = lines(egress)
     assert line.pop("time").endswith("Z")

@@ -71,14 +71,17 @@ def head_in(shelf):
 # --- the contract with flwr ---
 
 
-@pytest.mark.parametrize("size", [0, 1, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE * 2 + 3])
+@pytest.mark.parametrize(
+    "size",
+    [0, 1, wire.INLINE, wire.INLINE + 1, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE * 2 + 3],
+)
 def test_what_is_poured_is_what_flowers_own_functions_inflate(size):
     payload = secrets.token_bytes(size)
     root, shelf = shelved(wire.record(Note(text="ein Kopf"), payload))
     for content in shelf.values():
         validate_object_content(content)
     content = inflate_object_from_contents(root, dict(shelf)).content
-    theirs = (content["head"]["json"], content["payload"][wire.STYPE].data)
+    theirs = wire.unpacked(content)
     assert poured(root, shelf) == theirs == ('{"text":"ein Kopf"}', payload)
 
 
@@ -117,8 +120,19 @@ def test_an_oversized_payload_is_never_written_beyond_the_limit():
 
 
 def test_an_oversized_head_is_refused():
-    root, shelf = shelved(wire.record(Note(text="x" * wire.HEAD_LIMIT), b""))
+    root, shelf = shelved(wire.record(Note(text="x" * (wire.HEAD_LIMIT + wire.INLINE)), b""))
     refused("oversized", "a head of", root, shelf)
+
+
+def test_an_inlined_payload_has_the_same_limit():
+    root, shelf = shelved(wire.record(Note(text="x"), b"y" * 1000))
+    assert poured(root, shelf, limit=1000)[1] == b"y" * 1000
+    refused("oversized", "more than 999 bytes", root, shelf, limit=999)
+
+
+def test_a_small_payload_costs_three_objects_and_a_large_one_six():
+    for size, objects in ((wire.INLINE, 3), (wire.INLINE + 1, 6)):
+        assert len(shelved(wire.record(Note(text="x"), bytes(size)))[1]) == objects
 
 
 def test_a_message_without_a_head_is_refused():

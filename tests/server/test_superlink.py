@@ -21,6 +21,7 @@ from pydantic import BaseModel
 import fedtailor.server
 from fedtailor import wire
 from fedtailor.errors import WireError
+from fedtailor.server import superlink
 from fedtailor.server.spill import SMALL, SpillStore
 from fedtailor.server.superlink import SuperLink, seldom
 
@@ -162,9 +163,9 @@ def test_a_reply_of_too_many_objects_is_refused_before_any_is_read(link, nodes):
     run, _ = link.open_run()
     sent = push(link, run, nodes)
     answer = reply(link, run, nodes[0], sent[nodes[0]], wire.record(Head(), b""))
-    assert len(link.objects(answer, 5)) == 5
-    with pytest.raises(WireError, match="5 objects") as error:
-        link.objects(answer, 4)
+    assert len(link.objects(answer, 3)) == 3
+    with pytest.raises(WireError, match="3 objects") as error:
+        link.objects(answer, 2)
     assert error.value.code == "oversized"
 
 
@@ -245,3 +246,22 @@ def test_a_store_that_starts_empties_its_folder(tmp_path):
     (tmp_path / "transit" / "left").write_bytes(b"an update of an earlier process")
     store = SpillStore(tmp_path / "transit")
     assert not list(store.folder.iterdir())
+
+
+def test_of_flowers_middleware_only_what_a_fleet_route_needs_is_left(tmp_path, monkeypatch):
+    """Node authentication must be among it; a layer that a new flwr adds must be looked at before it is left out."""
+    made = []
+
+    def kept(*arguments):
+        app = create_app(*arguments)
+        made.extend(layer.cls.__name__ for layer in app.user_middleware)
+        return app
+
+    create_app = superlink.create_app
+    monkeypatch.setattr(superlink, "create_app", kept)
+    link = SuperLink(tmp_path / "flower.db", tmp_path / "transit")
+    assert made == ["ControlSensitiveResponseMiddleware", "BaseHTTPMiddleware", "ControlAuthenticationMiddleware",
+                     "ControlLicenseMiddleware", "ProtobufTranslationMiddleware", "RuntimeTracingMiddleware",
+                     "ControlEventLogMiddleware", "NodeAuthMiddleware", "FleetEventLogMiddleware"]  # fmt: skip
+    left = [layer.cls.__name__ for layer in link.app.user_middleware]
+    assert left == ["BaseHTTPMiddleware", "ProtobufTranslationMiddleware", "NodeAuthMiddleware"]
