@@ -1,13 +1,15 @@
 """A site's own rules: no policy, no work; each rule refuses by name; setting up never overwrites anything."""
 
+import re
 import stat
+from pathlib import Path
 
 import pytest
 import yaml
 
 from fedtailor import pki
 from fedtailor.client.setup import set_up
-from fedtailor.client.site import Home
+from fedtailor.client.site import Home, SiteConfig
 from fedtailor.errors import ConfigError
 from fedtailor.policy import Policy
 from fedtailor.server.home import Home as ServerHome
@@ -160,3 +162,10 @@ def test_what_is_missing_or_out_of_range_is_named(kit, field, changed):
     with pytest.raises(ConfigError, match=field):
         set_up_from(kit, **given)
     assert not (kit.parent / "site").exists()
+
+
+def test_the_site_yaml_in_the_guide_is_one():
+    guide = (Path(__file__).parents[2] / "docs" / "sites.md").read_text(encoding="utf-8")
+    shown = re.search(r"```yaml\n(site: va.*?)```", guide, re.DOTALL)
+    config = SiteConfig.model_validate(yaml.safe_load(shown[1]))
+    assert set(config.policy.model_fields_set) == set(Policy.model_fields), "the guide shows every rule there is"
