@@ -87,10 +87,11 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
     A poll that finds nothing is held until a message is there or ``patience`` seconds have passed, so that a site
     hears of a round at once and asks only a few times a minute between rounds.
     """
-    passed: list[int] = []  # bytes of requests and answers since the last sweep
+    passed = 0  # bytes of requests and answers since the last sweep
     empty: dict[bytes, int] = {}  # a site's key -> what had been sent when its poll last found nothing
 
     async def guarded(scope: Scope, receive: Receive, send: Send) -> None:
+        nonlocal passed
         if scope["type"] == "lifespan":
             await app(scope, receive, send)
             return
@@ -125,9 +126,9 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
             if len(empty) > 10_000:
                 empty.clear()  # the key is not authenticated here: it must not fill the memory
             empty[key] = before if size < 64 else -1  # a poll that brought a message is followed by one at once
-        passed.append(size + int(length))
-        if sum(passed) > SWEEP:
-            passed.clear()
+        passed += size + int(length)
+        if passed > SWEEP:
+            passed = 0
             gc.collect()  # the app's request objects are cycles: left to themselves they would hold every chunk
 
     return guarded
