@@ -121,9 +121,9 @@ class Deployment:
                 process.wait()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
-    """Two hospitals and a coordinator, running."""
+    """Two hospitals and a coordinator, running: one for all tests, each of which leaves it running."""
     made = Deployment(tmp_path_factory.mktemp("deployment"), ("cleveland", "va"))
     try:
         made.start_all()
