@@ -1,51 +1,47 @@
 """The one gate through which anything leaves a site. It runs in the daemon, outside the training process.
 
-An answer is compared with what the plan says will leave: names, shapes, dtypes, finite values, and which metrics. One
-thing wrong and the whole answer is dropped. What passes is salted, made durable, written to the egress log, and sent.
+An answer is compared with the list in the signed proposal: names, shapes, dtypes, finite values, norm, bytes, and which
+metrics. One thing wrong and the whole answer is dropped. What passes is written anew, salted, made durable, written to
+the egress log, and sent.
 """
 
 import hashlib
 import json
+import math
 import secrets
 import time
-from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from fedtailor import recipe as recipes
 from fedtailor import store, wire
 from fedtailor.client import inbox
 from fedtailor.client.fleet import Envelope, Fleet
-from fedtailor.config import build
 from fedtailor.errors import RefusedError, WireError
+from fedtailor.leaving import METRIC_DIGITS, Leaving
 from fedtailor.policy import Policy
-from fedtailor.recipe import Recipe
-from fedtailor.strategy import Strategy
-from fedtailor.study import Plan
+from fedtailor.receipts import Head
+from fedtailor.recipe import Metrics
 from fedtailor.wire import Report, Visit
 
-
-@lru_cache(maxsize=4)
-def agreed(plan_text: str) -> wire.Spec:
-    """What a plan says will leave: the names, dtypes and shapes of the summand."""
-    plan = Plan.parse(plan_text)
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
-    with torch.device("meta"):  # a hostile plan may name a model of any size
-        return wire.spec_of(wire.summand(plan, strategy, recipes.shapes(recipe)))
+GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
+SHARES = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "c_index")  # from 0 to 1
 
 
-def admit(
-    out: Path,
-    outbox: Path,
-    visit: Visit,
-    policy: Policy,
-    *,
-    epsilon: float | None,
-    test_rows: int,
-    reservation: int | None,
-) -> None:
+class Facts(NamedTuple):
+    """What the daemon itself says in an answer."""
+
+    epsilon: float | None = None  # spent on this data set by this study
+    rows: int = 0  # of the data set, as described when the file was read
+    train_rows: int = 0
+    test_rows: int = 0
+    reservation: int | None = None
+    witness: str | None = None
+    head: Head | None = None
+
+
+def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy, facts: Facts) -> None:
     """Check what the training process left in ``out`` and make it durable in the outbox.
 
     Raises:
@@ -56,36 +52,52 @@ def admit(
         if (report.run, report.round) != (visit.run, visit.round):
             raise WireError("an answer to another visit", code="round")
         path = out / "summand.safetensors"
-        spec = agreed(visit.plan)
-        if path.stat().st_size > wire.size_limit(spec):
+        if path.stat().st_size > leaves.bytes:
             raise WireError(f"an answer of {path.stat().st_size} bytes", code="oversized")
         with safe_open(path, framework="pt") as file:
             if file.metadata():
                 raise WireError("tensors that carry text", code="metadata")
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        wire.check(flat, spec if visit.train else {})
+        leaves.check(flat, train=visit.train)
+        may = policy.metrics and facts.test_rows >= policy.minimum_count
+        metrics = _rounded(report.metrics, leaves) if may and visit.evaluate else None
+        baseline = _rounded(report.baseline, leaves) if may and visit.baseline else None
         payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
     except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
         raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error
+    seconds = round(report.seconds, 1 if report.seconds > 1 else 3)
+    _commit(outbox, visit, payload, {"metrics": metrics, "baseline": baseline, "seconds": seconds}, facts)
+
+
+def agree(outbox: Path, visit: Visit, facts: Facts) -> None:
+    """Answer a visit that asks for nothing but agreement."""
+    _commit(outbox, visit, b"".join(store.safetensors({})), {}, facts)
+
+
+def _commit(outbox: Path, visit: Visit, payload: bytes, said: dict[str, object], facts: Facts) -> None:
     digest, salt = hashlib.sha256(payload).hexdigest(), secrets.token_hex(32)
-    may = policy.metrics and test_rows >= policy.minimum_count
-    checked = Report(
-        run=visit.run,
-        round=visit.round,
-        rows=report.rows,
-        train_rows=report.train_rows,
-        metrics=report.metrics if may and visit.evaluate else None,
-        baseline=report.baseline if may and visit.baseline else None,
-        epsilon=epsilon,
-        seconds=round(report.seconds, 1 if report.seconds > 1 else 3),
-        summand_sha256=digest,
-        salt=salt,
-    )
+    ours = {"run": visit.run, "round": visit.round, "rows": facts.rows, "train_rows": facts.train_rows,
+            "epsilon": facts.epsilon, "summand_sha256": digest, "salt": salt, "witness": facts.witness,
+            "head": facts.head}  # fmt: skip
     draft = outbox / f".{inbox.key_of(visit)}"
     draft.mkdir(mode=0o700, exist_ok=True)
     store.write_bytes(draft / "payload", wire.salted(salt)(payload))
-    inbox.commit(outbox, draft, visit, checked, reservation)
+    inbox.commit(outbox, draft, visit, Report.model_validate(said | ours), facts.reservation)
+
+
+def _rounded(metrics: Metrics | None, leaves: Leaving) -> Metrics | None:
+    """Only metrics that are listed and in their range, with few digits: what is left of a row encoded in one is little."""
+    if metrics is None:
+        return None
+    if unknown := metrics.keys() - set(leaves.metrics):
+        raise WireError(f"{len(unknown)} metrics that were not agreed", code="metrics")
+    rounded: Metrics = {}
+    for name, value in metrics.items():
+        if value is not None and not 0 <= value <= (1.0 if name in SHARES else math.inf):  # NaN is in no range
+            raise WireError(f"{name} is out of its range", code="metrics")
+        rounded[name] = None if value is None or value > GREATEST_METRIC else round(value, METRIC_DIGITS)
+    return rounded
 
 
 def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Path) -> int:

@@ -10,13 +10,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-from fedtailor import control, store, wire
+from fedtailor import control, pki, seals, store, wire
 from fedtailor.client import airlock, inbox
+from fedtailor.client.desk import Desk
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
+from fedtailor.client.plans import Plans
 from fedtailor.client.site import Home
-from fedtailor.client.visits import Visits
+from fedtailor.client.visits import Held, Visits
 from fedtailor.client.workshop import WorkerStopped, Workshop
 from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
 from fedtailor.wire import Visit
@@ -51,14 +53,13 @@ class Daemon:
             self.fleet = Fleet(self.config.server, self.config.keys)
             self.ledger = Ledger(self.home.state / "ledger.db")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
-            self.visits = Visits(self.config, self.home, self.ledger, self.workshop, self.state)
+            key = pki.load_key(self.config.keys / "site.key")
+            signer = seals.load_public(self.config.keys / "plans.pub")
+            plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key())
+            self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
-            methods: dict[str, control.Method] = {
-                "Status": self._status,
-                "Ledger": self._ledger,
-                "Egress": self._egress,
-            }
-            local = control.serve(socket, "Site", methods, {})
+            desk = Desk(self.config, self.home, plans, self.ledger, self.workshop, self.state, self.arrived.set)
+            local = control.serve(socket, "Site", desk.methods(), {})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop.set())
             threads = [
@@ -152,6 +153,8 @@ class Daemon:
                 try:
                     self._answer(entry)
                     inbox.drop(entry)
+                except Held as held:
+                    self.state["last_error"] = str(held)
                 except ConnectionFailed as error:
                     self._failed(str(error))
                     self.stop.wait(1.0)
@@ -172,11 +175,7 @@ class Daemon:
             pass
         try:
             visit = wire.parse_head(Visit, entry.head())
-            found = inbox.stored(self.home.outbox, visit)
-            if found is None:
-                self.visits.perform(entry, visit)
-                found = inbox.stored(self.home.outbox, visit)
-                assert found is not None
+            found = self.visits.answer(entry, visit)
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
                 self.ledger.settle(found.reservation, found.report.summand_sha256)
             self.state["bytes_sent"] += airlock.release(
@@ -196,27 +195,3 @@ class Daemon:
             airlock.decline(self.fleet, envelope, code, self.egress)
         except Closed:
             pass
-
-    # --- what the site's people may ask ---
-
-    def _status(self, _: dict[str, Any]) -> dict[str, Any]:
-        policy, data = self.config.policy, self.state.get("data")
-        spent = self.ledger.spent(
-            account=self.config.data.name, fingerprint=data["fingerprint"] if data else "", delta=policy.delta
-        )
-        left = max(policy.epsilon - spent, 0.0)
-        budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
-        return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
-                             "worker_pid": self.workshop.pid}  # fmt: skip
-
-    def _ledger(self, _: dict[str, Any]) -> dict[str, Any]:
-        rows = []
-        for entry in self.ledger.statement():
-            charge, state = entry.charge, "settled" if entry.settled_digest else "reserved"
-            rows.append({"time": entry.time, "data": entry.account, "run": entry.study, "state": state,
-                         "noise": charge.noise_multiplier, "rate": charge.rate, "steps": charge.steps})  # fmt: skip
-        return {"rows": rows}
-
-    def _egress(self, _: dict[str, Any]) -> dict[str, Any]:
-        lines = self.egress.read_text().splitlines() if self.egress.exists() else []
-        return {"rows": [json.loads(line) for line in lines]}
