@@ -10,6 +10,7 @@ import json
 import math
 import secrets
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,8 +19,9 @@ from safetensors import SafetensorError, safe_open
 from fedtailor import store, wire
 from fedtailor.client import inbox
 from fedtailor.client.fleet import Envelope, Fleet
+from fedtailor.client.inbox import Stored
 from fedtailor.errors import RefusedError, WireError
-from fedtailor.leaving import METRIC_DIGITS, Leaving
+from fedtailor.leaving import METRIC_DIGITS, Leaving, length
 from fedtailor.policy import Policy
 from fedtailor.receipts import Head
 from fedtailor.recipe import Metrics
@@ -67,15 +69,22 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         code = error.code if isinstance(error, WireError) else "format"
         raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error
     seconds = round(report.seconds, 1 if report.seconds > 1 else 3)
-    _commit(outbox, visit, payload, {"metrics": metrics, "baseline": baseline, "seconds": seconds}, facts)
+    said = {"metrics": metrics, "baseline": baseline, "seconds": seconds}
+    listed: dict[str, object] = {
+        "tensors": {name: list(leaf.shape) for name, leaf in flat.items()},
+        "norm": round(length(flat), 6),
+    }
+    _commit(outbox, visit, payload, said, facts, listed)
 
 
 def agree(outbox: Path, visit: Visit, facts: Facts) -> None:
     """Answer a visit that asks for nothing but agreement."""
-    _commit(outbox, visit, b"".join(store.safetensors({})), {}, facts)
+    _commit(outbox, visit, b"".join(store.safetensors({})), {}, facts, {"agreed": True})
 
 
-def _commit(outbox: Path, visit: Visit, payload: bytes, said: dict[str, object], facts: Facts) -> None:
+def _commit(
+    outbox: Path, visit: Visit, payload: bytes, said: Mapping[str, object], facts: Facts, listed: dict[str, object]
+) -> None:
     digest, salt = hashlib.sha256(payload).hexdigest(), secrets.token_hex(32)
     ours = {"run": visit.run, "round": visit.round, "rows": facts.rows, "train_rows": facts.train_rows,
             "epsilon": facts.epsilon, "summand_sha256": digest, "salt": salt, "witness": facts.witness,
@@ -83,7 +92,7 @@ def _commit(outbox: Path, visit: Visit, payload: bytes, said: dict[str, object],
     draft = outbox / f".{inbox.key_of(visit)}"
     draft.mkdir(mode=0o700, exist_ok=True)
     store.write_bytes(draft / "payload", wire.salted(salt)(payload))
-    inbox.commit(outbox, draft, visit, Report.model_validate(said | ours), facts.reservation)
+    inbox.commit(outbox, draft, visit, Report.model_validate({**said, **ours}), facts.reservation, listed)
 
 
 def _rounded(metrics: Metrics | None, leaves: Leaving) -> Metrics | None:
@@ -100,14 +109,16 @@ def _rounded(metrics: Metrics | None, leaves: Leaving) -> Metrics | None:
     return rounded
 
 
-def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Path) -> int:
+def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Path) -> int:
     """Send an answer that lies in the outbox; every answer that leaves, leaves here.
 
     It is written to the log first: what the log lists may have left, and what it does not list has not.
     """
+    report, payload = answer.report, answer.payload
     size = len(payload) + len(report.model_dump_json())
     _log(egress, run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
-         metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()))  # fmt: skip
+         metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()), rows=report.rows,
+         **answer.listed)  # fmt: skip
     return fleet.answer(envelope, wire.record(report, payload), report.seconds)
 
 

@@ -178,9 +178,7 @@ class Daemon:
             found = self.visits.answer(entry, visit)
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
                 self.ledger.settle(found.reservation, found.report.summand_sha256)
-            self.state["bytes_sent"] += airlock.release(
-                self.fleet, entry.envelope, found.report, found.payload, self.egress
-            )
+            self.state["bytes_sent"] += airlock.release(self.fleet, entry.envelope, found, self.egress)
         except Closed:
             log.info("the coordinator no longer waits for this answer; it is kept for when it asks again")
         except (ConnectionFailed, WorkerStopped):

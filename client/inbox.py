@@ -85,12 +85,16 @@ class Stored(NamedTuple):
     report: Report
     payload: bytes  # salted
     reservation: int | None  # what the ledger charged for it
+    listed: dict[str, Any] = {}  # tensors and norm, for the egress log
 
 
-def commit(outbox: Path, draft: Path, visit: Visit, report: Report, reservation: int | None) -> Path:
+def commit(
+    outbox: Path, draft: Path, visit: Visit, report: Report, reservation: int | None, listed: dict[str, Any]
+) -> Path:
     """Make an answer durable; ``draft`` holds ``payload`` (salted). From here on it may leave."""
     store.write_text(draft / "report.json", report.model_dump_json())
-    store.write_json(draft / "visit.json", {"run": visit.run, "round": visit.round, "reservation": reservation})
+    known = {"run": visit.run, "round": visit.round, "reservation": reservation, "listed": listed}
+    store.write_json(draft / "visit.json", known)
     target = outbox / key_of(visit)
     store.commit_folder(draft, target)
     return target
@@ -104,7 +108,7 @@ def stored(outbox: Path, visit: Visit) -> Stored | None:
     try:
         report = Report.model_validate_json((folder / "report.json").read_text())
         known = json.loads((folder / "visit.json").read_text())
-        return Stored(report, (folder / "payload").read_bytes(), known["reservation"])
+        return Stored(report, (folder / "payload").read_bytes(), known["reservation"], known["listed"])
     except (OSError, ValueError, KeyError, TypeError):  # damaged: the work is done anew, and charged anew if settled
         shutil.rmtree(folder, ignore_errors=True)
         return None

@@ -48,6 +48,7 @@ def genuine(key: Public, purpose: str, text: str, signature: str) -> bool:
 
 
 def _message(purpose: str, text: str) -> bytes:
+    assert purpose.replace("-", "").isalpha(), purpose  # else a purpose could run into a text
     return f"fedtailor/{purpose}/1\n{text}".encode()
 
 
