@@ -7,7 +7,6 @@ the egress log, and sent.
 
 import hashlib
 import json
-import math
 import secrets
 import time
 from collections.abc import Mapping
@@ -21,14 +20,10 @@ from fedtailor.client import inbox
 from fedtailor.client.fleet import Envelope, Fleet
 from fedtailor.client.inbox import Stored
 from fedtailor.errors import RefusedError, WireError
-from fedtailor.leaving import METRIC_DIGITS, Leaving, length
+from fedtailor.leaving import Leaving, length
 from fedtailor.policy import Policy
 from fedtailor.receipts import Head
-from fedtailor.recipe import Metrics
 from fedtailor.wire import Report, Visit
-
-GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
-SHARES = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "c_index")  # from 0 to 1
 
 
 class Facts(NamedTuple):
@@ -62,8 +57,8 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         leaves.check(flat, train=visit.train)
         may = policy.metrics and facts.test_rows >= policy.minimum_count
-        metrics = _rounded(report.metrics, leaves) if may and visit.evaluate else None
-        baseline = _rounded(report.baseline, leaves) if may and visit.baseline else None
+        metrics = leaves.rounded(report.metrics) if report.metrics and may and visit.evaluate else None
+        baseline = leaves.rounded(report.baseline) if report.baseline and may and visit.baseline else None
         payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
     except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
@@ -93,20 +88,6 @@ def _commit(
     draft.mkdir(mode=0o700, exist_ok=True)
     store.write_bytes(draft / "payload", wire.salted(salt)(payload))
     inbox.commit(outbox, draft, visit, Report.model_validate({**said, **ours}), facts.reservation, listed)
-
-
-def _rounded(metrics: Metrics | None, leaves: Leaving) -> Metrics | None:
-    """Only metrics that are listed and in their range, with few digits: what is left of a row encoded in one is little."""
-    if metrics is None:
-        return None
-    if unknown := metrics.keys() - set(leaves.metrics):
-        raise WireError(f"{len(unknown)} metrics that were not agreed", code="metrics")
-    rounded: Metrics = {}
-    for name, value in metrics.items():
-        if value is not None and not 0 <= value <= (1.0 if name in SHARES else math.inf):  # NaN is in no range
-            raise WireError(f"{name} is out of its range", code="metrics")
-        rounded[name] = None if value is None or value > GREATEST_METRIC else round(value, METRIC_DIGITS)
-    return rounded
 
 
 def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Path) -> int:

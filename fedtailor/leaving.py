@@ -13,11 +13,13 @@ from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.config import build
 from fedtailor.errors import WireError
-from fedtailor.recipe import Recipe
+from fedtailor.recipe import Metrics, Recipe
 from fedtailor.strategy import PIECE, Local, Strategy
 from fedtailor.study import Frozen, Plan
 from fedtailor.tree import Tree, finite, map
 
+GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
+SHARES = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "c_index")  # from 0 to 1
 METRIC_DIGITS = 4  # of what a site measures; a metric then carries at most 14 bits
 METRICS = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "loss", "c_index", "mae", "rmse")
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a tensor -> dtype and shape
@@ -52,6 +54,21 @@ class Leaving(Frozen):
         check(flat, self.spec() if train else {})
         if self.norm is not None and (found := length(flat)) > self.norm * (1 + 1e-6):
             raise WireError(f"an L2 norm of {found:.6g}; agreed is at most {self.norm:g}", code="norm")
+
+    def rounded(self, metrics: Metrics) -> Metrics:
+        """Only metrics that are listed and in their range, with few digits: little is left of a row encoded in one.
+
+        Raises:
+            WireError: code ``metrics``.
+        """
+        if unknown := metrics.keys() - set(self.metrics):
+            raise WireError(f"{len(unknown)} metrics that were not agreed", code="metrics")
+        kept: Metrics = {}
+        for name, value in metrics.items():
+            if value is not None and not 0 <= value <= (1.0 if name in SHARES else math.inf):  # NaN is in no range
+                raise WireError(f"{name} is out of its range", code="metrics")
+            kept[name] = None if value is None or value > GREATEST_METRIC else round(value, METRIC_DIGITS)
+        return kept
 
     def bits(self) -> int:
         """What the tensors of one answer could carry at most, if whoever trains were free to choose them."""

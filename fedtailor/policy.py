@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, PositiveInt, model_validator
 
 from fedtailor.errors import RefusedError
-from fedtailor.privacy.accounting import Charge, affordable, epsilon
+from fedtailor.privacy.accounting import MIN_NOISE, Charge, affordable, epsilon
 from fedtailor.study import Frozen, Name, Plan
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64,512}$")]  # as `fedtailor client officer` prints it
@@ -127,7 +127,10 @@ def _without(policy: Policy) -> list[Rule]:
 
 def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     assert plan.privacy is not None
-    stated, charge = plan.privacy, charge_of(plan)
+    stated, noise = plan.privacy, plan.privacy.noise_multiplier
+    if noise is not None and noise < MIN_NOISE:  # no epsilon can be worked out for so little: nothing else matters
+        return [_least("noise", "noise multiplier", noise, max(policy.least_noise, MIN_NOISE))]
+    charge = charge_of(plan)
     assert charge is not None
     whole = epsilon([charge] * plan.rounds, stated.delta)
     total = epsilon([*case.spent, *[charge] * plan.rounds], stated.delta)

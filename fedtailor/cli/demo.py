@@ -34,9 +34,15 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.interrupted = False
 
     def __enter__(self) -> "Processes":
+        self.before = signal.signal(signal.SIGINT, self._interrupt)
         return self
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True  # the exception alone is lost where it meets a library's callback
+        raise KeyboardInterrupt
 
     def start(self, name: str, *arguments: str) -> None:
         """Start ``fedtailor …`` in the background, with its log in ``logs``."""
@@ -53,7 +59,9 @@ class Processes:
             )
 
     def check(self) -> None:
-        """Raise if one of them ended by itself."""
+        """Raise if one of them ended by itself, or Ctrl-C was pressed."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         for name, process in self.running.items():
             if process.poll() is not None:
                 path = self.logs / f"{name}.log"
@@ -63,6 +71,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.signal(signal.SIGINT, self.before)
         for process in self.running.values():
             if process.poll() is None:
                 process.terminate()
