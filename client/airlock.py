@@ -25,6 +25,16 @@ from fedtailor.policy import Policy
 from fedtailor.receipts import Head
 from fedtailor.wire import Report, Visit
 
+ANSWER = ("dtype", "format", "head", "keys", "metadata", "metrics", "nonfinite", "norm", "oversized", "round", "shape")
+WORDS = frozenset(
+    [f"airlock-{word}" for word in ANSWER]
+    + """budget cast changed clip code cohort config confinement connection contract crashed delta dtype epsilon
+    epsilon-per-study expired failed format head hours keys leaves ledger ledger-head memory metadata metrics noise nonfinite norm
+    oversized partners pending plan privacy promise receipt recipe refused replayed rolled-back roster round rounds seal
+    settled shape signature split steps stopped store strategy study time unknown untrusted upload wire withdrawn
+    worker""".split()
+)  # all that a site ever says of why it does not answer; a word of the training process's own could carry data
+
 
 class Facts(NamedTuple):
     """What the daemon itself says in an answer."""
@@ -45,6 +55,11 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         RefusedError: with code ``airlock-…``; nothing of the answer leaves then.
     """
     try:
+        for name in ("work.json", "summand.safetensors"):
+            if (out / name).is_symlink():
+                raise WireError(f"{name} is a link to elsewhere", code="format")
+        if (out / "work.json").stat().st_size > wire.HEAD_LIMIT:
+            raise WireError("a report that is too long", code="head")
         report = wire.parse_head(Report, (out / "work.json").read_text())
         if (report.run, report.round) != (visit.run, visit.round):
             raise WireError("an answer to another visit", code="round")
@@ -104,8 +119,8 @@ def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Path) -> i
 
 
 def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Path) -> None:
-    """Answer with a code word; never a text, which could carry data."""
-    word = "".join(c for c in code if c.isascii() and (c.isalnum() or c in "-_"))[:40]
+    """Answer with a code word of the vocabulary; never a text, which could carry data."""
+    word = code if code in WORDS else "failed"
     _log(egress, refused=word)
     fleet.answer(envelope, word, 0.0)
 

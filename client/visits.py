@@ -4,7 +4,7 @@ import shutil
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedtailor import seals, store
 from fedtailor.client import airlock, inbox, warrants
@@ -20,6 +20,33 @@ from fedtailor.receipts import Head
 from fedtailor.seals import Private
 from fedtailor.study import Plan
 from fedtailor.wire import Visit
+
+
+class Described(NamedTuple):
+    """A data set, as the training process describes it."""
+
+    fingerprint: str
+    rows: int
+    train_rows: int
+    test_rows: int
+    notes: list[str]
+
+
+def described(answer: dict[str, Any]) -> Described:
+    """Read a description.
+
+    Raises:
+        RefusedError: code ``worker``, if it is none.
+    """
+    try:
+        found = Described(**answer)
+        counts = (found.rows, found.train_rows, found.test_rows)
+        sound = all(isinstance(n, int) and n >= 0 for n in counts) and found.train_rows + found.test_rows <= found.rows
+    except TypeError:
+        sound = False
+    if not sound:
+        raise RefusedError("the training process describes the data in a way that cannot be", code="worker")
+    return found
 
 
 class Held(Exception):
@@ -78,21 +105,21 @@ class Visits:
         if store.digest(entry.payload) != visit.cast_sha256:  # by that name the answer is stored, and charged for
             raise RefusedError("what was cast is not what the visit names (cast_sha256)", code="cast")
         self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
-        data = self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True))
-        self.state["data"] = data
-        refuse(self._verdict(known, self._spent_before(visit.run, data["fingerprint"])))
+        data = self._described(plan)
+        self.state["data"] = data._asdict()
+        refuse(self._verdict(known, self._spent_before(visit.run, data.fingerprint)))
         inbox.tidy(self.home.outbox, visit)
         if not asks:
             airlock.agree(self.home.outbox, visit, airlock.Facts(head=self._head()))
             return
         known.note_cast(visit.round, visit.cast_sha256)
-        reservation = self._reserve(plan, visit, data["fingerprint"])
+        reservation = self._reserve(plan, visit, data.fingerprint)
         out = self._work(entry, visit, reservation)
         facts = airlock.Facts(
             epsilon=self._spent(plan, visit),
-            rows=data["rows"],
-            train_rows=data["train_rows"],
-            test_rows=data["test_rows"],
+            rows=data.rows,
+            train_rows=data.train_rows,
+            test_rows=data.test_rows,
             reservation=reservation.id if reservation else None,
             witness=seals.sign(self.key, "witness", visit.witnessed()),
             head=self._head(),
@@ -104,6 +131,17 @@ class Visits:
             raise
         finally:
             shutil.rmtree(out, ignore_errors=True)
+
+    def _described(self, plan: Plan) -> Described:
+        """The data, by the training process's word as far as this daemon can check it: the counts will leave."""
+        found = described(self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True)))
+        try:
+            size = self.config.data.path.stat().st_size
+        except OSError:
+            return found  # the training process said what is wrong, if it matters
+        if found.rows > size // 2:  # a row has a cell and an end at least
+            raise RefusedError(f"the training process counts {found.rows} rows in {size} bytes", code="worker")
+        return found
 
     def _work(self, entry: Entry, visit: Visit, reservation: Reservation | None) -> Path:
         """Have the training process do the visit; its outcome lies in the folder that is returned."""

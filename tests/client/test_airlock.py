@@ -3,6 +3,8 @@
 import hashlib
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -160,6 +162,20 @@ def test_a_report_with_more_than_was_agreed_does_not_leave(tmp_path):
     dropped(tmp_path, written(tmp_path, metrics={"auroc": math.nan}), "head")
 
 
+@pytest.mark.parametrize("name", ["work.json", "summand.safetensors"])
+def test_a_link_to_elsewhere_is_not_followed(tmp_path, name):
+    out = written(tmp_path)
+    (out / name).rename(tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    dropped(tmp_path, out, "format")
+
+
+def test_a_report_that_is_too_long_is_not_read(tmp_path):
+    out = written(tmp_path)
+    (out / "work.json").write_text((out / "work.json").read_text() + " " * wire.HEAD_LIMIT)
+    dropped(tmp_path, out, "head")
+
+
 def test_text_in_the_tensors_file_does_not_leave(tmp_path):
     dropped(tmp_path, written(tmp_path, raw=save(honest(), metadata={"note": "Jane Doe"})), "metadata")
 
@@ -287,9 +303,23 @@ def test_every_release_is_a_line_of_its_own(tmp_path):
     assert [line.get("refused") for line in lines(egress)] == [None, None, None, "budget"]
 
 
-@pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("not_finite", "not_finite"), ("x" * 100, "x" * 40),
-    ("Jane Doe, 12.3.1960; /data/é患者.csv", "JaneDoe1231960datacsv"), ("", "")])  # fmt: skip
-def test_a_refusal_is_a_code_word_of_safe_characters(tmp_path, code, word):
+def test_the_vocabulary_holds_every_word_that_a_site_refuses_with():
+    """A word that is missing would reach the operator as "failed", and nobody would know why."""
+    kernel = ["policy", "proposal", "leaving", "config", "contract", "errors", "wire", "privacy/accounting"]
+    package = Path(airlock.__file__).resolve().parents[1]
+    files = [*(package / "client").glob("*.py"), *(package / "fedtailor" / f"{name}.py" for name in kernel)]
+    files += [package / f"{name}.py" for name in kernel]
+    texts = "".join(path.read_text() for path in files if path.exists())
+    found = set(re.findall(r'(?<!\w)code ?= ?"([a-z-]+)"', texts))
+    found |= set(re.findall(r'_(?:rule|among|most|least)\(\s*"([a-z-]+)"', texts))
+    own = {"officer", "extra", "withdraw"}  # for this site's own people, who are not told by the airlock
+    assert len(found) > 40 and found - own <= airlock.WORDS
+    assert {f"airlock-{word}" for word in airlock.ANSWER} <= airlock.WORDS
+
+
+@pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("budget", "budget"), ("x" * 100, "failed"),
+    ("JaneDoe12031960", "failed"), ("Jane Doe, 12.3.1960; /data/é患者.csv", "failed"), ("", "failed")])  # fmt: skip
+def test_a_refusal_is_a_word_of_the_vocabulary(tmp_path, code, word):
     fleet, egress = Sending(), tmp_path / "egress.jsonl"
     airlock.decline(fleet, ENVELOPE, code, egress)
     assert fleet.sent == [(ENVELOPE, word, 0.0)] and lines(egress)[0]["refused"] == word
