@@ -207,7 +207,7 @@ class Daemon:
         left = max(policy.epsilon - spent, 0.0)
         budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
         return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
-                             "worker_pid": self.workshop.pid}  # fmt: skip
+                             "worker_pid": self.workshop.pid, "confinement": self.workshop.found()}  # fmt: skip
 
     def _ledger(self, _: dict[str, Any]) -> dict[str, Any]:
         rows = []

@@ -53,7 +53,7 @@ class Visits:
         refuse(self._verdict(plan, self._spent_before(visit.run, data["fingerprint"])))
         reservation = self._reserve(plan, visit, data["fingerprint"])
         inbox.tidy(self.home.outbox, visit)
-        out = self.home.state / f".work-{inbox.key_of(visit)}"
+        out = self.home.state / "work" / inbox.key_of(visit)
         memory = self._memory(visit)
         self.workshop.ask(
             op="visit",

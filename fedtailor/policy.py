@@ -54,6 +54,8 @@ class Policy(Frozen):
     minimum_count: PositiveInt = 10  # fewer held-out rows than this, and no metric leaves
     max_download_mb: PositiveInt = 2048  # of one message
     max_upload_mb: PositiveInt = 2048  # of one answer
+    task_seconds: PositiveInt = 3600  # of one task of the training process: its data described, or one visit
+    task_memory_mb: PositiveInt = 8192  # of the training process; what passes either limit is ended and declined
     hours: Hours | None = None  # when work may begin; None: at any time
 
 
