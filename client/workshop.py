@@ -21,7 +21,6 @@ from fedtailor.errors import FedtailorError
 log = logging.getLogger("fedtailor.client")
 TRIES = 3  # how often a request is made again when the training process dies in it
 START_S = 600.0  # to import what it needs, from a cold disk
-ENTRY = ("-P", "-m", "fedtailor.client.worker")  # -P: nothing is imported from the folder the daemon happens to be in
 SAFE = (
     "PATH",
     "LANG",
@@ -92,7 +91,7 @@ class Workshop:
         self.scratch.chmod(0o700)
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, *ENTRY],
+                self._command(),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -106,6 +105,10 @@ class Workshop:
         except FedtailorError:
             self._end()
             raise
+
+    def _command(self) -> list[str]:
+        """-P: nothing is imported from the folder that the daemon happens to have been started in."""
+        return [sys.executable, "-P", "-m", "fedtailor.client.worker"]
 
     def _environment(self) -> dict[str, str]:
         """No proxy password, no token; and the very code that the daemon runs."""
