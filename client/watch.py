@@ -62,7 +62,7 @@ def answer(process: Popen[bytes], limits: Limits) -> dict[str, Any] | None:
             if not piece or len(got) > LONGEST:
                 return None
         now = usage(process.pid)
-        _check(limits, time.monotonic() - began, now._replace(processor_seconds=now.processor_seconds - before))
+        check(limits, time.monotonic() - began, now._replace(processor_seconds=now.processor_seconds - before))
     try:
         document = json.loads(got)
     except (ValueError, RecursionError):
@@ -70,7 +70,8 @@ def answer(process: Popen[bytes], limits: Limits) -> dict[str, Any] | None:
     return document if isinstance(document, dict) else None
 
 
-def _check(limits: Limits, seconds: float, used: Usage) -> None:
+def check(limits: Limits, seconds: float, used: Usage) -> None:
+    """Compare what a task has used with its limits; LimitPassed names the one that is passed."""
     if seconds > limits.seconds:
         raise LimitPassed(f"it took longer than {limits.seconds:g} s (policy.task_seconds)", code="time")
     if used.processor_seconds > limits.processor_seconds:

@@ -142,7 +142,7 @@ class Workshop:
             FedtailorError: code ``confinement``.
         """
         limits = {"memory_mb": self.limits.memory_mb, "task_seconds": self.config.policy.task_seconds}
-        found = Confinement(**answer | limits)
+        found = Confinement(**answer | limits | {"missing": tuple(answer.get("missing", ()))})
         if found != self.confinement:
             for name, text in found.rows():
                 log.log(logging.WARNING if found.missing else logging.INFO, "training process: %s: %s", name, text)
