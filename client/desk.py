@@ -48,7 +48,8 @@ class Desk:
         budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
         waiting = sum(self.plans.stands(known, policy) == "pending" for known in self.plans.all())
         return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
-                             "waiting": waiting, "worker_pid": self.workshop.pid}  # fmt: skip
+                             "waiting": waiting, "worker_pid": self.workshop.pid,
+                             "confinement": self.workshop.found()}  # fmt: skip
 
     def statement(self, _: Asked) -> Asked:
         """Every charge to the budget."""

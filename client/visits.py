@@ -145,7 +145,7 @@ class Visits:
 
     def _work(self, entry: Entry, visit: Visit, reservation: Reservation | None) -> Path:
         """Have the training process do the visit; its outcome lies in the folder that is returned."""
-        out = self.home.state / f".work-{inbox.key_of(visit)}"
+        out = self.home.state / "work" / inbox.key_of(visit)
         memory = self._memory(visit)
         self.workshop.ask(
             op="visit",

@@ -56,6 +56,8 @@ class Policy(Frozen):
     greatest_norm: Annotated[float, Field(gt=0)] | None = None  # of one answer: L2, all tensors together
     max_download_mb: PositiveInt = 2048  # of one message
     max_upload_mb: PositiveInt = 2048  # of one answer
+    task_seconds: PositiveInt = 3600  # of one task of the training process: its data described, or one visit
+    task_memory_mb: PositiveInt = 8192  # of the training process; what passes either limit is ended and declined
     hours: Hours | None = None  # when work may begin; None: at any time
     approval: Literal["person", "policy"] = "person"  # who admits a study that the other rules allow
     officers: tuple[Key, ...] = ()  # their public keys; with any, a study is approved by their signatures only

@@ -50,6 +50,8 @@ def up(home: SiteHome = SITE_HOME) -> None:
 @app.command()
 def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
     """Show study, round, epsilon spent and left, and bytes sent."""
+    from fedtailor.client.confine import Confinement
+
     answer = ask(home, "Status")
     if not show(answer, json):
         budget = answer["epsilon"]
@@ -64,6 +66,7 @@ def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
             ["epsilon left", budget["left"]],
             ["bytes sent", answer["bytes_sent"]],
             ["last problem", answer["last_error"]],
+            *([f"worker: {name}", text] for name, text in Confinement(**answer["confinement"] or {}).rows()),
         ]
         table(answer["site"], ["", ""], rows)
 
