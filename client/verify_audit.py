@@ -49,9 +49,12 @@ class Head(NamedTuple):
     breaks: tuple[int, ...] = ()  # records where the key changed and the one before did not vouch for it
 
 
+START = Head()
+
+
 def canonical(value: Any) -> bytes:
     """JSON in one way only: keys in order, no blanks, ASCII, numbers as Python writes them."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=repr).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def signed_bytes(log: str, record: Entry) -> bytes:
@@ -65,9 +68,7 @@ def hash_of(entry: Entry) -> str:
     if signature is not None:
         return hashlib.sha256(canonical({"record": record, "signature": signature})).hexdigest()
     row = [record["number"], record["fields"]["kind"], record["time"], *(record["fields"][name] for name in BARE)]
-    return hashlib.sha256(
-        json.dumps([record["before"], *row], separators=(",", ":"), default=repr).encode()
-    ).hexdigest()
+    return hashlib.sha256(json.dumps([record["before"], *row], separators=(",", ":")).encode()).hexdigest()
 
 
 @lru_cache(maxsize=64)
@@ -88,7 +89,7 @@ def signed_by(log: str, entry: Entry, key: str) -> bool:
     return True
 
 
-def follow(log: str, entries: Iterable[Entry], head: Head = Head(), *, every: bool = True) -> Head:
+def follow(log: str, entries: Iterable[Entry], head: Head = START, *, every: bool = True) -> Head:
     """Follow a chain on from ``head``.
 
     Args:
