@@ -5,9 +5,7 @@ thing wrong and the whole answer is dropped. What passes is salted, made durable
 """
 
 import hashlib
-import json
 import secrets
-import time
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from fedtailor import recipe as recipes
 from fedtailor import store, wire
 from fedtailor.client import inbox
+from fedtailor.client.chain import Chain
 from fedtailor.client.fleet import Envelope, Fleet
 from fedtailor.config import build
 from fedtailor.errors import RefusedError, WireError
@@ -88,24 +87,19 @@ def admit(
     inbox.commit(outbox, draft, visit, checked, reservation)
 
 
-def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Path) -> int:
+def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Chain) -> int:
     """Send an answer that lies in the outbox; every answer that leaves, leaves here.
 
     It is written to the log first: what the log lists may have left, and what it does not list has not.
     """
     size = len(payload) + len(report.model_dump_json())
-    _log(egress, run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
+    egress.append(run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
          metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()))  # fmt: skip
     return fleet.answer(envelope, wire.record(report, payload), report.seconds)
 
 
-def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Path) -> None:
+def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Chain) -> None:
     """Answer with a code word; never a text, which could carry data."""
     word = "".join(c for c in code if c.isascii() and (c.isalnum() or c in "-_"))[:40]
-    _log(egress, refused=word)
+    egress.append(refused=word)
     fleet.answer(envelope, word, 0.0)
-
-
-def _log(path: Path, **fields: object) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}) + "\n")

@@ -187,3 +187,9 @@ def read(path: Path) -> list[Entry]:
             return [parse(line, number) for number, line in enumerate(file, 1) if line.endswith(b"\n")]
     except (OSError, Wrong) as error:
         raise StoreError(f"{path}: {error}. {WAY_OUT}") from error
+
+
+def rows(path: Path) -> list[dict[str, Any]]:
+    """What the records of a log say, with their times; not verified."""
+    records = [entry["record"] for entry in read(path)]
+    return [{"time": record["time"], **record["fields"]} for record in records if record["fields"]]

@@ -7,15 +7,20 @@ import signal
 import tempfile
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fedtailor import control, store, wire
 from fedtailor.client import airlock, inbox
+from fedtailor.client.audit import Audit, heads
+from fedtailor.client.chain import Chain, rows
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
+from fedtailor.client.signing import load_signer
 from fedtailor.client.site import Home
+from fedtailor.client.statement import statement
 from fedtailor.client.visits import Visits
 from fedtailor.client.workshop import WorkerStopped, Workshop
 from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
@@ -32,7 +37,6 @@ class Daemon:
         self.config = self.home.config()
         self.home.make()
         self.stop, self.lost, self.arrived = threading.Event(), threading.Event(), threading.Event()
-        self.egress = self.home.state / "egress.jsonl"
         self.state: dict[str, Any] = {
             "connected": False,
             "study": None,
@@ -49,7 +53,11 @@ class Daemon:
             for folder in (self.home.outbox, self.home.memory):
                 inbox.forget_old(folder)
             self.fleet = Fleet(self.config.server, self.config.keys)
-            self.ledger = Ledger(self.home.state / "ledger.db")
+            signer = load_signer(self.config.keys)
+            self.ledger = Ledger(self.home.state / "ledger.db", signer)
+            self.egress = Chain(self.home.state / "egress.jsonl", signer)
+            self.audit = Audit(self.home.state / "audit.jsonl", signer)
+            self.audit.begin(self.ledger, self.egress, self.home.folder / "site.yaml")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
             self.visits = Visits(self.config, self.home, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
@@ -82,6 +90,7 @@ class Daemon:
                 self.workshop.stop()
                 local.stop(grace=1)
                 socket.unlink(missing_ok=True)
+                self.audit.note("daemon", "stopped", **heads(self.ledger, self.egress))
 
     # --- receiving ---
 
@@ -114,6 +123,7 @@ class Daemon:
         node_id = self.fleet.join(last)
         store.write_json(known, {"node_id": node_id})
         self.state |= {"connected": True, "last_error": None}
+        self.audit.note("daemon", "joined", server=self.config.server, node=str(node_id))
         log.info("joined %s", self.config.server)
 
     def _failed(self, text: str) -> None:
@@ -174,14 +184,21 @@ class Daemon:
             visit = wire.parse_head(Visit, entry.head())
             found = inbox.stored(self.home.outbox, visit)
             if found is None:
+                self.audit.changed("coordinator", "plan", run=visit.run, sha256=sha256(visit.plan.encode()).hexdigest())
                 self.visits.perform(entry, visit)
+                self.audit.changed(
+                    "daemon", "data", account=self.config.data.name, fingerprint=self.state["data"]["fingerprint"]
+                )
                 found = inbox.stored(self.home.outbox, visit)
                 assert found is not None
+            answer = {"run": visit.run, "round": visit.round, "sha256": found.report.summand_sha256}
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
-                self.ledger.settle(found.reservation, found.report.summand_sha256)
+                if self.ledger.settle(found.reservation, found.report.summand_sha256):
+                    self.audit.note("daemon", "settled", **answer, **heads(self.ledger, self.egress))
             self.state["bytes_sent"] += airlock.release(
                 self.fleet, entry.envelope, found.report, found.payload, self.egress
             )
+            self.audit.note("daemon", "released", **answer, **heads(self.ledger, self.egress))
         except Closed:
             log.info("the coordinator no longer waits for this answer; it is kept for when it asks again")
         except (ConnectionFailed, WorkerStopped):
@@ -192,6 +209,7 @@ class Daemon:
             self._decline(entry.envelope, error.code)
 
     def _decline(self, envelope: Envelope, code: str) -> None:
+        self.audit.note("daemon", "dropped" if code.startswith("airlock-") else "declined", code=code)
         try:
             airlock.decline(self.fleet, envelope, code, self.egress)
         except Closed:
@@ -210,13 +228,7 @@ class Daemon:
                              "worker_pid": self.workshop.pid}  # fmt: skip
 
     def _ledger(self, _: dict[str, Any]) -> dict[str, Any]:
-        rows = []
-        for entry in self.ledger.statement():
-            charge, state = entry.charge, "settled" if entry.settled_digest else "reserved"
-            rows.append({"time": entry.time, "data": entry.account, "run": entry.study, "state": state,
-                         "noise": charge.noise_multiplier, "rate": charge.rate, "steps": charge.steps})  # fmt: skip
-        return {"rows": rows}
+        return statement(self.ledger, self.config.data.name, self.config.policy)
 
     def _egress(self, _: dict[str, Any]) -> dict[str, Any]:
-        lines = self.egress.read_text().splitlines() if self.egress.exists() else []
-        return {"rows": [json.loads(line) for line in lines]}
+        return {"rows": rows(self.egress.path)}

@@ -28,6 +28,7 @@ Entry = dict[str, Any]
 SCHEMA = "fedtailor.audit/1"
 LOGS = ("audit", "egress", "ledger")
 BARE = ("account", "fingerprint", "study", "visit", "noise_multiplier", "rate", "steps", "reservation", "digest")
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, RecursionError)  # what reading something else raises
 NO_TENSORS = hashlib.sha256(b"\x08\0\0\0\0\0\0\0{}      ").hexdigest()  # an answer that carries metrics only
 
 
@@ -106,7 +107,7 @@ def follow(log: str, entries: Iterable[Entry], head: Head = START, *, every: boo
             head, last = _step(log, entry, head, last, every)
         except Wrong:
             raise
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        except MALFORMED as error:
             raise Wrong(number, "is not a record") from error
     _require(log, last, head)
     return head
@@ -263,19 +264,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accept", action="append", default=[], metavar="LOG:NUMBER", help="a known loss of the key")
     given = parser.parse_args(arguments)
     try:
-        export = json.loads(given.export.read_bytes())
-        earlier = json.loads(given.earlier.read_bytes()) if given.earlier else None
-        if export["schema"] != SCHEMA:
-            raise ValueError(f"its schema is {export['schema']!r}, not {SCHEMA}")
+        earlier = load(given.earlier) if given.earlier else None
         ca = given.ca.read_bytes() if given.ca else None
-        wrong, notes = examine(export, earlier=earlier, heads=given.head, ca=ca, accept=given.accept)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        wrong, notes = [f"it cannot be read as an export: {type(error).__name__}: {error}"], []
+        wrong, notes = examine(load(given.export), earlier=earlier, heads=given.head, ca=ca, accept=given.accept)
+    except (OSError, *MALFORMED) as error:
+        wrong, notes = [f"it cannot be verified: {type(error).__name__}: {error}"], []
+    return tell(str(given.export), wrong, notes)
+
+
+def load(path: Path) -> dict[str, Any]:
+    """An export; OSError or one of MALFORMED if it is none."""
+    export: dict[str, Any] = json.loads(path.read_bytes())
+    if export["schema"] != SCHEMA:
+        raise ValueError(f"{path}: its schema is {export['schema']!r}, not {SCHEMA}")
+    return export
+
+
+def tell(subject: str, wrong: Sequence[str], notes: Sequence[str]) -> int:
+    """Print what was found; 0 if nothing is wrong, else 1."""
     for line in notes:
-        print(f"        {line}")
+        print(f"       {line}")
     for line in wrong:
-        print(f"WRONG   {line}")
-    print(f"{given.export}: " + ("does not hold" if wrong else "every record fits, and every signature is the site's"))
+        print(f"WRONG  {line}")
+    print(f"{subject}: " + ("does not hold" if wrong else "every record fits, and every signature is the site's"))
     return 1 if wrong else 0
 
 

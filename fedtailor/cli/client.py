@@ -1,21 +1,33 @@
 """``fedtailor client``: what a site does."""
 
+import getpass
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
+from fedtailor.cli import audit
 from fedtailor.cli.options import SITE_HOME, Json, SiteHome, log_to_stderr, show, table
 
 app = typer.Typer(help="Run a site's daemon, and see what it does.", no_args_is_help=True)
+app.add_typer(audit.app, name="audit")
+
+
+def login() -> str:
+    """Who gives the command, for the audit log."""
+    try:
+        return os.environ.get("SUDO_USER") or getpass.getuser()
+    except (KeyError, OSError):  # a user without a name
+        return str(os.getuid())
 
 
 def ask(home: Path, method: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
     """Ask the running daemon of ``home``."""
     from fedtailor import control
 
-    return control.call(control.socket_of(home), "Site", method, request)
+    return control.call(control.socket_of(home), "Site", method, {"person": login(), **(request or {})})
 
 
 @app.command()
@@ -70,11 +82,12 @@ def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
 
 @app.command()
 def ledger(home: SiteHome = SITE_HOME, json: Json = False) -> None:
-    """Show every charge to the privacy budget."""
+    """Show what each data set has spent, on which runs, and what is left."""
+    from fedtailor.client.statement import sentences
+
     answer = ask(home, "Ledger")
     if not show(answer, json):
-        columns = list(answer["rows"][0]) if answer["rows"] else []
-        table("charges", columns, [list(row.values()) for row in answer["rows"]])
+        Console(soft_wrap=True).print("\n".join(sentences(answer)), highlight=False, markup=False)
 
 
 @app.command()

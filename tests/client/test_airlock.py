@@ -6,11 +6,14 @@ import math
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import load, save
 
 from fedtailor import wire
 from fedtailor.client import airlock, inbox
+from fedtailor.client.chain import Chain, rows
 from fedtailor.client.fleet import Envelope
+from fedtailor.client.signing import Signer
 from fedtailor.client.site import Policy
 from fedtailor.config import load as configured
 from fedtailor.errors import ConnectionFailed, RefusedError
@@ -20,6 +23,7 @@ PLAN = configured(["study=heart", "privacy=none", "strategy=fedavg"]).plan.canon
 VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=True, plan=PLAN, cast_sha256="0" * 64)
 POLICY = Policy(studies=("heart",), epsilon=8.0, delta=1e-4)
 METRICS = {"auroc": 0.75, "loss": None}
+SIGNER = Signer(ec.generate_private_key(ec.SECP384R1()))
 ENVELOPE = Envelope(7, "m" * 64, 1.0, 60.0, 2.0)
 
 
@@ -216,12 +220,16 @@ class Sending:
         return 1234
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def log(tmp_path):
+    return Chain(tmp_path / "egress.jsonl", SIGNER)
+
+
+def lines(egress):
+    return rows(egress.path)
 
 
 def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
-    stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), tmp_path / "egress.jsonl"
+    stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), log(tmp_path)
     assert airlock.release(fleet, ENVELOPE, stored.report, stored.payload, egress) == 1234
     ((envelope, content, seconds),) = fleet.sent
     assert (envelope, seconds) == (ENVELOPE, 1.2) and wire.unpacked(content)[1] == stored.payload
@@ -238,14 +246,14 @@ def test_what_may_have_left_is_written_down_even_if_sending_fails(tmp_path):
         def answer(self, envelope, content, seconds):
             raise ConnectionFailed("gone")
 
-    stored, egress = admitted(tmp_path, written(tmp_path)), tmp_path / "egress.jsonl"
+    stored, egress = admitted(tmp_path, written(tmp_path)), log(tmp_path)
     with pytest.raises(ConnectionFailed):
         airlock.release(Broken(), ENVELOPE, stored.report, stored.payload, egress)
     assert [line["sha256"] for line in lines(egress)] == [stored.report.summand_sha256]
 
 
 def test_every_release_is_a_line_of_its_own(tmp_path):
-    stored, egress = admitted(tmp_path, written(tmp_path)), tmp_path / "egress.jsonl"
+    stored, egress = admitted(tmp_path, written(tmp_path)), log(tmp_path)
     for _ in range(3):
         airlock.release(Sending(), ENVELOPE, stored.report, stored.payload, egress)
     airlock.decline(Sending(), ENVELOPE, "budget", egress)
@@ -255,6 +263,6 @@ def test_every_release_is_a_line_of_its_own(tmp_path):
 @pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("not_finite", "not_finite"), ("x" * 100, "x" * 40),
     ("Jane Doe, 12.3.1960; /data/é患者.csv", "JaneDoe1231960datacsv"), ("", "")])  # fmt: skip
 def test_a_refusal_is_a_code_word_of_safe_characters(tmp_path, code, word):
-    fleet, egress = Sending(), tmp_path / "egress.jsonl"
+    fleet, egress = Sending(), log(tmp_path)
     airlock.decline(fleet, ENVELOPE, code, egress)
     assert fleet.sent == [(ENVELOPE, word, 0.0)] and lines(egress)[0]["refused"] == word
