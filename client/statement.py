@@ -38,12 +38,14 @@ def sentences(stated: dict[str, Any]) -> list[str]:
     """A :func:`statement` in plain words."""
     lines = []
     for one in stated["accounts"]:
-        limit = f" of {one['cap']:g}; {one['left']:.3f} left" if one["cap"] is not None else ", under no cap today"
+        limit = (
+            f" of {one['cap']:g}; {one['left']:.3f} left"
+            if one["cap"] is not None
+            else "; site.yaml names another data set"
+        )
         lines.append(f"{one['data']}: epsilon {one['spent']:.3f} spent{limit} (delta {one['delta']:g})")
         for run in one["runs"]:
-            lines.append(
-                f"  {run['run']}: {run['settled']} rounds settled, {run['open']} open (an open round counts too)"
-            )
+            lines.append(f"  {run['run']}: {run['settled']} rounds settled, {run['open']} open")
     lines.append("An open round counts like a settled one.")
     lines.append(f"head: ledger:{stated['head']}")
     lines.append("Note the head elsewhere; later: fedtailor client audit verify --head ledger:NUMBER:HASH")
