@@ -228,7 +228,8 @@ class Daemon:
                              "worker_pid": self.workshop.pid}  # fmt: skip
 
     def _ledger(self, _: dict[str, Any]) -> dict[str, Any]:
-        return statement(self.ledger, self.config.data.name, self.config.policy)
+        fingerprint = (self.state.get("data") or {}).get("fingerprint", "")
+        return statement(self.ledger, self.config.data.name, fingerprint, self.config.policy)
 
     def _egress(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"rows": rows(self.egress.path)}

@@ -7,11 +7,12 @@ from fedtailor.client.ledger import Ledger
 from fedtailor.policy import Policy
 
 
-def statement(ledger: Ledger, account: str, policy: Policy) -> dict[str, Any]:
+def statement(ledger: Ledger, account: str, fingerprint: str, policy: Policy) -> dict[str, Any]:
     """Every charge, the sums by data set, and the ledger's head.
 
     Args:
         account: the data set that ``policy`` caps; others are known by the ledger only, and have no cap.
+        fingerprint: of its rows, as far as known; it links charges that were made under another name.
     """
     entries = ledger.statement()
     sums = []
@@ -19,7 +20,7 @@ def statement(ledger: Ledger, account: str, policy: Policy) -> dict[str, Any]:
         of_it = [entry for entry in entries if entry.account == name]
         settled = Counter(entry.study for entry in of_it if entry.settled_digest)
         rounds = Counter(entry.study for entry in of_it)
-        spent = ledger.spent(account=name, fingerprint="", delta=policy.delta)
+        spent = ledger.spent(account=name, fingerprint=fingerprint if name == account else "", delta=policy.delta)
         cap = policy.epsilon if name == account else None
         runs = [{"run": run, "settled": settled[run], "open": rounds[run] - settled[run]} for run in rounds]
         sums.append({"data": name, "spent": spent, "cap": cap, "left": None if cap is None else max(cap - spent, 0.0),

@@ -244,7 +244,7 @@ def test_the_statement_adds_up_by_data_set_and_run(ledger):
     ledger.reserve(visit="w", **WORK | {"study": "t", "account": "renamed"})
     ledger.reserve(visit="w", **WORK | {"study": "u", "account": "lungs", "fingerprint": "f9"})
     policy = Policy(studies=("x",), epsilon=3.0, delta=1e-5)
-    stated = statement(ledger, "heart", policy)
+    stated = statement(ledger, "heart", "f0", policy)
     heart, lungs, renamed = stated["accounts"]
     assert (
         heart["runs"] == [{"run": "s", "settled": 1, "open": 1}] and heart["spent"] == renamed["spent"] > lungs["spent"]
@@ -256,3 +256,5 @@ def test_the_statement_adds_up_by_data_set_and_run(ledger):
     assert "  s: 1 rounds settled, 1 open" in text
     number, hash = ledger.head()
     assert f"head: ledger:{number}:{hash}" in text
+    new = statement(ledger, "new", "f0", policy)["accounts"][2]
+    assert (new["data"], new["spent"], new["runs"]) == ("new", heart["spent"], []), "a new name resets nothing"
