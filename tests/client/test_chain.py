@@ -10,6 +10,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from fedtailor.client import verify_audit
 from fedtailor.client.chain import Chain, read, rows
 from fedtailor.client.signing import Signer
 from fedtailor.client.verify_audit import Wrong, canonical, follow
@@ -135,12 +136,10 @@ def test_a_record_made_without_the_key_does_not_pass_though_every_hash_fits(tmp_
     """Who can write the file but has not the key: all hashes are made anew from the changed record on."""
     entries = read(log(tmp_path).path)
     entries[at]["record"]["fields"]["round"] = 99
-    from fedtailor.client.verify_audit import hash_of
-
     before = entries[at - 1]["hash"] if at else ""
     for entry in entries[at:]:
         entry["record"]["before"] = before
-        before = entry["hash"] = hash_of(entry)
+        before = entry["hash"] = verify_audit.hash_of(entry)
     with pytest.raises(Wrong, match="signature that is not the site's"):
         follow("egress", entries, every=every)
     path = tmp_path / "again" / "egress.jsonl"
@@ -256,6 +255,27 @@ def test_a_file_that_is_no_log_is_left_alone(tmp_path):
         with pytest.raises(StoreError, match="record 1 is not"):
             Chain(path, SIGNER)
         assert path.read_bytes() == text
+    path = tmp_path / "audit.jsonl"
     path.write_text(json.dumps(json.loads(FROZEN[0])) + "\n")  # the same document, with blanks
-    with pytest.raises(StoreError, match="record 1"):
+    with pytest.raises(StoreError, match="record 1 is not a line of a signed log"):
         Chain(path, SIGNER)
+
+
+def test_opening_checks_one_signature_for_each_key(tmp_path, monkeypatch):
+    """At 0.7 ms each, a year's signatures would keep the daemon from starting for minutes."""
+    chain, calls = log(tmp_path, 20), []
+    chain.sign_with(signer(7, SIGNER))
+    chain.append(round=1)
+    real = verify_audit.signed_by
+    monkeypatch.setattr(verify_audit, "signed_by", lambda *what: calls.append(what) or real(*what))
+    assert Chain(chain.path, OTHER).head == chain.head and len(calls) == 1 + 2 + 1  # first, last and new key, last
+    follow("egress", read(chain.path))
+    assert len(calls) == 4 + 23
+
+
+def test_numbers_are_in_order_even_where_the_site_signed_others(tmp_path):
+    chain = log(tmp_path)
+    head = follow("egress", read(chain.path))
+    skipped = SIGNER.entry("egress", head._replace(number=9), "2026-01-01T00:00:00.000Z", {"round": 9})
+    with pytest.raises(Wrong, match="record 7 is missing, or stands elsewhere: number 10"):
+        follow("egress", [*read(chain.path), skipped])
