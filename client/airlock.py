@@ -1,105 +1,128 @@
 """The one gate through which anything leaves a site. It runs in the daemon, outside the training process.
 
-An answer is compared with what the plan says will leave: names, shapes, dtypes, finite values, and which metrics. One
-thing wrong and the whole answer is dropped. What passes is salted, made durable, written to the egress log, and sent.
+An answer is compared with the list in the signed proposal: names, shapes, dtypes, finite values, norm, bytes, and which
+metrics. One thing wrong and the whole answer is dropped. What passes is written anew, salted, made durable, written to
+the egress log, and sent.
 """
 
 import hashlib
 import secrets
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 
-from fedtailor import recipe as recipes
 from fedtailor import store, wire
 from fedtailor.client import inbox
 from fedtailor.client.chain import Chain
 from fedtailor.client.fleet import Envelope, Fleet
-from fedtailor.config import build
+from fedtailor.client.inbox import Stored
 from fedtailor.errors import RefusedError, WireError
+from fedtailor.leaving import Leaving, length
 from fedtailor.policy import Policy
-from fedtailor.recipe import Recipe
-from fedtailor.strategy import Strategy
-from fedtailor.study import Plan
+from fedtailor.receipts import Head
 from fedtailor.wire import Report, Visit
 
+ANSWER = ("dtype", "format", "head", "keys", "metadata", "metrics", "nonfinite", "norm", "oversized", "round", "shape")
+WORDS = frozenset(
+    [f"airlock-{word}" for word in ANSWER]
+    + """budget cast changed clip code cohort config confinement connection contract crashed delta dtype epsilon
+    epsilon-per-study expired failed format head hours keys leaves ledger ledger-head memory metadata metrics noise nonfinite norm
+    oversized partners pending plan privacy promise receipt recipe refused replayed rolled-back roster round rounds seal
+    settled shape signature split steps stopped store strategy study time unknown untrusted upload wire withdrawn
+    worker""".split()
+)  # all that a site ever says of why it does not answer; a word of the training process's own could carry data
 
-@lru_cache(maxsize=4)
-def agreed(plan_text: str) -> wire.Spec:
-    """What a plan says will leave: the names, dtypes and shapes of the summand."""
-    plan = Plan.parse(plan_text)
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
-    with torch.device("meta"):  # a hostile plan may name a model of any size
-        return wire.spec_of(wire.summand(plan, strategy, recipes.shapes(recipe)))
+
+class Facts(NamedTuple):
+    """What the daemon itself says in an answer."""
+
+    epsilon: float | None = None  # spent on this data set by this study
+    rows: int = 0  # of the data set, as described when the file was read
+    train_rows: int = 0
+    test_rows: int = 0
+    reservation: int | None = None
+    witness: str | None = None
+    head: Head | None = None
 
 
-def admit(
-    out: Path,
-    outbox: Path,
-    visit: Visit,
-    policy: Policy,
-    *,
-    epsilon: float | None,
-    test_rows: int,
-    reservation: int | None,
-) -> None:
+def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy, facts: Facts) -> None:
     """Check what the training process left in ``out`` and make it durable in the outbox.
 
     Raises:
         RefusedError: with code ``airlock-…``; nothing of the answer leaves then.
     """
     try:
+        for name in ("work.json", "summand.safetensors"):
+            if (out / name).is_symlink():
+                raise WireError(f"{name} is a link to elsewhere", code="format")
+        if (out / "work.json").stat().st_size > wire.HEAD_LIMIT:
+            raise WireError("a report that is too long", code="head")
         report = wire.parse_head(Report, (out / "work.json").read_text())
         if (report.run, report.round) != (visit.run, visit.round):
             raise WireError("an answer to another visit", code="round")
         path = out / "summand.safetensors"
-        spec = agreed(visit.plan)
-        if path.stat().st_size > wire.size_limit(spec):
+        if path.stat().st_size > leaves.bytes:
             raise WireError(f"an answer of {path.stat().st_size} bytes", code="oversized")
         with safe_open(path, framework="pt") as file:
             if file.metadata():
                 raise WireError("tensors that carry text", code="metadata")
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        wire.check(flat, spec if visit.train else {})
+        leaves.check(flat, train=visit.train)
+        may = policy.metrics and facts.test_rows >= policy.minimum_count
+        metrics = leaves.rounded(report.metrics) if report.metrics and may and visit.evaluate else None
+        baseline = leaves.rounded(report.baseline) if report.baseline and may and visit.baseline else None
         payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
     except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
         raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error
+    seconds = round(report.seconds, 1 if report.seconds > 1 else 3)
+    said = {"metrics": metrics, "baseline": baseline, "seconds": seconds}
+    listed: dict[str, object] = {
+        "tensors": {name: list(leaf.shape) for name, leaf in flat.items()},
+        "norm": round(length(flat), 6),
+    }
+    _commit(outbox, visit, payload, said, facts, listed)
+
+
+def agree(outbox: Path, visit: Visit, facts: Facts) -> None:
+    """Answer a visit that asks for nothing but agreement."""
+    _commit(outbox, visit, b"".join(store.safetensors({})), {}, facts, {"agreed": True})
+
+
+def _commit(
+    outbox: Path, visit: Visit, payload: bytes, said: Mapping[str, object], facts: Facts, listed: dict[str, object]
+) -> None:
     digest, salt = hashlib.sha256(payload).hexdigest(), secrets.token_hex(32)
-    may = policy.metrics and test_rows >= policy.minimum_count
-    checked = Report(
-        run=visit.run,
-        round=visit.round,
-        rows=report.rows,
-        train_rows=report.train_rows,
-        metrics=report.metrics if may and visit.evaluate else None,
-        baseline=report.baseline if may and visit.baseline else None,
-        epsilon=epsilon,
-        seconds=round(report.seconds, 1 if report.seconds > 1 else 3),
-        summand_sha256=digest,
-        salt=salt,
-    )
+    ours = {"run": visit.run, "round": visit.round, "rows": facts.rows, "train_rows": facts.train_rows,
+            "epsilon": facts.epsilon, "summand_sha256": digest, "salt": salt, "witness": facts.witness,
+            "head": facts.head}  # fmt: skip
     draft = outbox / f".{inbox.key_of(visit)}"
     draft.mkdir(mode=0o700, exist_ok=True)
     store.write_bytes(draft / "payload", wire.salted(salt)(payload))
-    inbox.commit(outbox, draft, visit, checked, reservation)
+    inbox.commit(outbox, draft, visit, Report.model_validate({**said, **ours}), facts.reservation, listed)
 
 
-def release(fleet: Fleet, envelope: Envelope, report: Report, payload: bytes, egress: Chain) -> int:
+def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Chain) -> int:
     """Send an answer that lies in the outbox; every answer that leaves, leaves here.
 
     It is written to the log first: what the log lists may have left, and what it does not list has not.
     """
+    report, payload = answer.report, answer.payload
     size = len(payload) + len(report.model_dump_json())
     egress.append(run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
-         metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()))  # fmt: skip
+         metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()), rows=report.rows,
+         **answer.listed)  # fmt: skip
     return fleet.answer(envelope, wire.record(report, payload), report.seconds)
 
 
 def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Chain) -> None:
-    """Answer with a code word; never a text, which could carry data."""
-    word = "".join(c for c in code if c.isascii() and (c.isalnum() or c in "-_"))[:40]
-    egress.append(refused=word)
-    fleet.answer(envelope, word, 0.0)
+    """Answer with a code word of the vocabulary; never a text, which could carry data."""
+    egress.append(refused=word(code))
+    fleet.answer(envelope, word(code), 0.0)
+
+
+def word(code: str) -> str:
+    """A code, if it is of the vocabulary; the training process may have made it up."""
+    return code if code in WORDS else "failed"

@@ -3,19 +3,23 @@
 import logging
 import math
 import re
+from collections.abc import Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import fedtailor
-from fedtailor import store
+from fedtailor import control, store
 from fedtailor.client import chain, journal
 from fedtailor.client.chain import Chain
 from fedtailor.client.ledger import Ledger
 from fedtailor.client.signing import Signer, now
 from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.verify_audit import SCHEMA, Entry, parse_head
-from fedtailor.errors import StoreError
+from fedtailor.errors import RefusedError, StoreError
 
+DECISIONS = {"Approve": "approved", "Refuse": "refused", "Release": "let-go", "Withdraw": "withdrawn"}  # by people
+WHICH = {"run": "run", "plan": "hash", "state": "state", "round": "round", "answer": "answer"}  # of a method's reply
 _WORD = re.compile(r"[A-Za-z0-9_.:@/+=\[\]-]{0,200}")
 _log = logging.getLogger("fedtailor.client")
 
@@ -71,6 +75,23 @@ class Audit:
         self.note("daemon", "started", version=fedtailor.__version__, **heads(ledger, egress))
         self.changed("daemon", "policy", sha256=store.digest(settings))
 
+    def attend(self, methods: Mapping[str, control.Method]) -> dict[str, control.Method]:
+        """The same methods of the control socket; what people decide by them is noted, and that they were refused."""
+        return {name: self._noting(name, method) if name in DECISIONS else method for name, method in methods.items()}
+
+    def _noting(self, name: str, method: control.Method) -> control.Method:
+        def call(request: dict[str, Any]) -> dict[str, Any]:
+            try:
+                answer = method(request)
+            except RefusedError as error:
+                self.note(person(request), DECISIONS[name], refused=error.code)
+                raise
+            facts = {fact: answer[key] for fact, key in WHICH.items() if answer.get(key) is not None}
+            self.note(person(request), DECISIONS[name], **facts)
+            return answer
+
+        return call
+
     def _see(self, entry: Entry) -> None:
         fields = entry["record"]["fields"]
         if "what" in fields:
@@ -85,9 +106,11 @@ def heads(ledger: Ledger, egress: Chain) -> dict[str, str]:
 
 
 def person(request: dict[str, Any]) -> str:
-    """Who asks over the control socket, by the login name that the command sends. The socket's mode lets nobody in but
-    the daemon's user; the name is what that user says."""
-    name = "".join(c for c in str(request.get("person", "")) if c.isascii() and (c.isalnum() or c in "-_.@"))
+    """Who asks over the control socket: an officer by the fingerprint of the key that signed, else the login name that
+    the command sends. The socket lets nobody in but the daemon's user; the name is what that user says."""
+    if request.get("signature"):
+        return f"officer:{sha256(str(request.get('officer')).encode()).hexdigest()[:32]}"
+    name = "".join(c for c in str(request.get("who", "")) if c.isascii() and (c.isalnum() or c in "-_.@"))
     return f"person:{name[:64] or 'unknown'}"
 
 

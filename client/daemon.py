@@ -11,17 +11,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fedtailor import control, store, wire
+from fedtailor import control, pki, seals, store, wire
 from fedtailor.client import airlock, inbox
 from fedtailor.client.audit import Audit, heads
-from fedtailor.client.chain import Chain, rows
+from fedtailor.client.chain import Chain
+from fedtailor.client.desk import Desk
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
+from fedtailor.client.plans import Plans
 from fedtailor.client.signing import load_signer
 from fedtailor.client.site import Home
-from fedtailor.client.statement import statement
-from fedtailor.client.visits import Visits
+from fedtailor.client.visits import Held, Visits
 from fedtailor.client.workshop import WorkerStopped, Workshop
 from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
 from fedtailor.wire import Visit
@@ -53,20 +54,19 @@ class Daemon:
             for folder in (self.home.outbox, self.home.memory):
                 inbox.forget_old(folder)
             self.fleet = Fleet(self.config.server, self.config.keys)
-            signer = load_signer(self.config.keys)
-            self.ledger = Ledger(self.home.state / "ledger.db", signer)
-            self.egress = Chain(self.home.state / "egress.jsonl", signer)
-            self.audit = Audit(self.home.state / "audit.jsonl", signer)
+            hand = load_signer(self.config.keys)
+            self.ledger = Ledger(self.home.state / "ledger.db", hand)
+            self.egress = Chain(self.home.state / "egress.jsonl", hand)
+            self.audit = Audit(self.home.state / "audit.jsonl", hand)
             self.audit.begin(self.ledger, self.egress, self.home.folder / "site.yaml")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
-            self.visits = Visits(self.config, self.home, self.ledger, self.workshop, self.state)
+            key = pki.load_key(self.config.keys / "site.key")
+            signer = seals.load_public(self.config.keys / "plans.pub")
+            plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key())
+            self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
-            methods: dict[str, control.Method] = {
-                "Status": self._status,
-                "Ledger": self._ledger,
-                "Egress": self._egress,
-            }
-            local = control.serve(socket, "Site", methods, {})
+            desk = Desk(self.config, self.home, plans, self.ledger, self.workshop, self.state, self.arrived.set)
+            local = control.serve(socket, "Site", self.audit.attend(desk.methods()), {})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop.set())
             threads = [
@@ -162,6 +162,8 @@ class Daemon:
                 try:
                     self._answer(entry)
                     inbox.drop(entry)
+                except Held as held:
+                    self.state["last_error"] = str(held)
                 except ConnectionFailed as error:
                     self._failed(str(error))
                     self.stop.wait(1.0)
@@ -182,22 +184,15 @@ class Daemon:
             pass
         try:
             visit = wire.parse_head(Visit, entry.head())
-            found = inbox.stored(self.home.outbox, visit)
-            if found is None:
-                self.audit.changed("coordinator", "plan", run=visit.run, sha256=sha256(visit.plan.encode()).hexdigest())
-                self.visits.perform(entry, visit)
-                self.audit.changed(
-                    "daemon", "data", account=self.config.data.name, fingerprint=self.state["data"]["fingerprint"]
-                )
-                found = inbox.stored(self.home.outbox, visit)
-                assert found is not None
+            self.audit.changed("coordinator", "plan", run=visit.run, sha256=sha256(visit.plan.encode()).hexdigest())
+            found = self.visits.answer(entry, visit)
+            if (data := self.state.get("data")) is not None:
+                self.audit.changed("daemon", "data", name=self.config.data.name, fingerprint=data["fingerprint"])
             answer = {"run": visit.run, "round": visit.round, "sha256": found.report.summand_sha256}
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
                 if self.ledger.settle(found.reservation, found.report.summand_sha256):
                     self.audit.note("daemon", "settled", **answer, **heads(self.ledger, self.egress))
-            self.state["bytes_sent"] += airlock.release(
-                self.fleet, entry.envelope, found.report, found.payload, self.egress
-            )
+            self.state["bytes_sent"] += airlock.release(self.fleet, entry.envelope, found, self.egress)
             self.audit.note("daemon", "released", **answer, **heads(self.ledger, self.egress))
         except Closed:
             log.info("the coordinator no longer waits for this answer; it is kept for when it asks again")
@@ -209,27 +204,8 @@ class Daemon:
             self._decline(entry.envelope, error.code)
 
     def _decline(self, envelope: Envelope, code: str) -> None:
-        self.audit.note("daemon", "dropped" if code.startswith("airlock-") else "declined", code=code)
+        self.audit.note("daemon", "dropped" if code.startswith("airlock-") else "declined", code=airlock.word(code))
         try:
             airlock.decline(self.fleet, envelope, code, self.egress)
         except Closed:
             pass
-
-    # --- what the site's people may ask ---
-
-    def _status(self, _: dict[str, Any]) -> dict[str, Any]:
-        policy, data = self.config.policy, self.state.get("data")
-        spent = self.ledger.spent(
-            account=self.config.data.name, fingerprint=data["fingerprint"] if data else "", delta=policy.delta
-        )
-        left = max(policy.epsilon - spent, 0.0)
-        budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
-        return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
-                             "worker_pid": self.workshop.pid}  # fmt: skip
-
-    def _ledger(self, _: dict[str, Any]) -> dict[str, Any]:
-        fingerprint = (self.state.get("data") or {}).get("fingerprint", "")
-        return statement(self.ledger, self.config.data.name, fingerprint, self.config.policy)
-
-    def _egress(self, _: dict[str, Any]) -> dict[str, Any]:
-        return {"rows": rows(self.egress.path)}

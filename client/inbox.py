@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from fedtailor import store
 from fedtailor.client.fleet import Envelope
+from fedtailor.errors import ConfigError
 from fedtailor.wire import Report, Visit
 
 
@@ -84,12 +85,16 @@ class Stored(NamedTuple):
     report: Report
     payload: bytes  # salted
     reservation: int | None  # what the ledger charged for it
+    listed: dict[str, Any] = {}  # tensors and norm, for the egress log
 
 
-def commit(outbox: Path, draft: Path, visit: Visit, report: Report, reservation: int | None) -> Path:
+def commit(
+    outbox: Path, draft: Path, visit: Visit, report: Report, reservation: int | None, listed: dict[str, Any]
+) -> Path:
     """Make an answer durable; ``draft`` holds ``payload`` (salted). From here on it may leave."""
     store.write_text(draft / "report.json", report.model_dump_json())
-    store.write_json(draft / "visit.json", {"run": visit.run, "round": visit.round, "reservation": reservation})
+    known = {"run": visit.run, "round": visit.round, "reservation": reservation, "listed": listed}
+    store.write_json(draft / "visit.json", known)
     target = outbox / key_of(visit)
     store.commit_folder(draft, target)
     return target
@@ -103,7 +108,7 @@ def stored(outbox: Path, visit: Visit) -> Stored | None:
     try:
         report = Report.model_validate_json((folder / "report.json").read_text())
         known = json.loads((folder / "visit.json").read_text())
-        return Stored(report, (folder / "payload").read_bytes(), known["reservation"])
+        return Stored(report, (folder / "payload").read_bytes(), known["reservation"], known["listed"])
     except (OSError, ValueError, KeyError, TypeError):  # damaged: the work is done anew, and charged anew if settled
         shutil.rmtree(folder, ignore_errors=True)
         return None
@@ -125,3 +130,38 @@ def tidy(outbox: Path, visit: Visit) -> None:
             continue
         if known["run"] == visit.run and known["round"] < visit.round - 1:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def may_leave(outbox: Path, visit: Visit) -> bool:
+    """Whether a person has released an answer that is held."""
+    return (outbox / key_of(visit) / "released").exists()
+
+
+def hold(outbox: Path, visit: Visit) -> None:
+    """Mark an answer as waiting for a person."""
+    (outbox / key_of(visit) / "held").touch()
+
+
+def held(outbox: Path) -> list[dict[str, Any]]:
+    """Answers that wait for a person, oldest first."""
+    rows = []
+    for mark in sorted(outbox.glob("*/held"), key=lambda path: path.stat().st_mtime):
+        if not (mark.parent / "released").exists():
+            known = json.loads((mark.parent / "visit.json").read_text())
+            size = (mark.parent / "payload").stat().st_size
+            rows.append({"answer": mark.parent.name[:12], "run": known["run"], "round": known["round"], "bytes": size})
+    return rows
+
+
+def release(outbox: Path, word: str) -> dict[str, Any]:
+    """Let a held answer leave, by the beginning of its name.
+
+    Raises:
+        ConfigError: if none is held by that name.
+    """
+    for row in held(outbox):
+        if word and row["answer"].startswith(word[:12]):
+            for folder in outbox.glob(f"{row['answer']}*"):
+                (folder / "released").touch()
+            return row
+    raise ConfigError(f"answer {word!r}: none is held by that name; see: fedtailor client held")

@@ -42,7 +42,7 @@ def set_up(folder: Path, kit: Path, *, data: Path, studies: list[str], epsilon: 
     home.make()
     keys = home.folder / "keys"
     keys.mkdir(mode=0o700, exist_ok=True)
-    for name in ("ca.pem", "site.pem", "site.key"):
+    for name in ("ca.pem", "plans.pub", "site.pem", "site.key"):
         if not (kit / name).exists():
             raise ConfigError(f"{kit / name} is missing: ask the operator for the whole kit")
         shutil.copyfile(kit / name, keys / name)

@@ -1,7 +1,7 @@
 """A site's own settings and rules. They live on the site's disk; the coordinator can neither push nor loosen them."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import yaml
 from pydantic import Field, PositiveInt, ValidationError
@@ -28,6 +28,7 @@ class SiteConfig(Frozen):
     data: Data
     policy: Policy
     threads: PositiveInt = 1  # CPU threads for training
+    confinement: Literal["required", "best"] = "best"  # required: no training where network or files stay open
 
 
 class Home:

@@ -4,56 +4,148 @@ import shutil
 from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
-from fedtailor import store, wire
-from fedtailor.client import airlock, inbox
-from fedtailor.client.inbox import Entry
+from fedtailor import seals, store
+from fedtailor.client import airlock, inbox, warrants
+from fedtailor.client.inbox import Entry, Stored
 from fedtailor.client.ledger import Ledger, Reservation
+from fedtailor.client.plans import Known, Plans, refuse_unless_approved
 from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.workshop import Workshop
-from fedtailor.config import readable
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Case, Rule, charge_of, open_now, refuse, verdict
 from fedtailor.privacy.accounting import Cap, Charge, epsilon
+from fedtailor.receipts import Head
+from fedtailor.seals import Private
 from fedtailor.study import Plan
 from fedtailor.wire import Visit
+
+
+class Described(NamedTuple):
+    """A data set, as the training process describes it."""
+
+    fingerprint: str
+    rows: int
+    train_rows: int
+    test_rows: int
+    notes: list[str]
+
+
+def described(answer: dict[str, Any]) -> Described:
+    """Read a description.
+
+    Raises:
+        RefusedError: code ``worker``, if it is none.
+    """
+    try:
+        found = Described(**answer)
+        counts = (found.rows, found.train_rows, found.test_rows)
+        sound = all(isinstance(n, int) and n >= 0 for n in counts) and found.train_rows + found.test_rows <= found.rows
+    except TypeError:
+        sound = False
+    if not sound:
+        raise RefusedError("the training process describes the data in a way that cannot be", code="worker")
+    return found
+
+
+class Held(Exception):
+    """An answer that a person has to release."""
 
 
 class Visits:
     """What a site does when it is asked. ``state`` is told what is going on, for people who look."""
 
     def __init__(
-        self, config: SiteConfig, home: Home, ledger: Ledger, workshop: Workshop, state: dict[str, Any]
+        self,
+        config: SiteConfig,
+        home: Home,
+        plans: Plans,
+        key: Private,
+        ledger: Ledger,
+        workshop: Workshop,
+        state: dict[str, Any],
     ) -> None:
-        self.config, self.home, self.ledger, self.workshop, self.state = config, home, ledger, workshop, state
+        self.config, self.home, self.plans, self.key = config, home, plans, key
+        self.ledger, self.workshop, self.state = ledger, workshop, state
 
-    def perform(self, entry: Entry, visit: Visit) -> None:
-        """Do the visit's work and leave its answer in the outbox. Done again after a crash, it is the same answer.
+    def answer(self, entry: Entry, visit: Visit) -> Stored:
+        """The answer to a visit: from the outbox where it was answered before, else worked out and put there.
 
         Raises:
-            RefusedError: if the policy, the budget or the airlock says no; nothing is in the outbox then.
+            RefusedError: if the policy, the people, the budget or the airlock says no; nothing new is in the outbox then.
+            Held: if a person has to release the answer first.
         """
-        try:
-            plan = Plan.parse(visit.plan)
-        except (ValidationError, ValueError) as error:
-            text = readable(error) if isinstance(error, ValidationError) else str(error)
-            raise RefusedError(f"the plan is malformed: {text}", code="plan") from error
-        refuse(self._verdict(plan, []))  # before the data are touched at all
-        open_now(self.config.policy, datetime.now())
-        if visit.train and visit.round >= plan.rounds:
-            raise RefusedError(f"round {visit.round}: the plan has {plan.rounds} rounds", code="rounds")
+        known, policy = self.plans.take(visit), self.config.policy
+        state = self.plans.stands(known, policy)
+        if state != "pending":
+            refuse_unless_approved(state, known)
+        found = inbox.stored(self.home.outbox, visit)
+        if found is None:
+            self.perform(entry, visit, known)
+            found = inbox.stored(self.home.outbox, visit)
+            assert found is not None
+        last = visit.train and visit.round == known.proposal.plan.rounds - 1
+        if (visit.train and policy.hold == "each" or last and policy.hold == "last") and not inbox.may_leave(
+            self.home.outbox, visit
+        ):
+            inbox.hold(self.home.outbox, visit)
+            raise Held(f"an answer waits for release: {visit.run}, round {visit.round}; see: fedtailor client held")
+        return found
+
+    def perform(self, entry: Entry, visit: Visit, known: Known) -> None:
+        """Do the visit's work and leave its answer in the outbox. Done again after a crash, it is the same answer."""
+        policy, plan = self.config.policy, known.proposal.plan
+        refuse(self._verdict(known, []))  # before the data are touched at all
+        refuse_unless_approved(self.plans.stands(known, policy), known)
+        warrants.check(visit, known, policy, self.plans.signer, self.plans.own, self.ledger)
+        asks = visit.train or visit.evaluate or visit.baseline
+        if asks:
+            open_now(policy, datetime.now())
         if store.digest(entry.payload) != visit.cast_sha256:  # by that name the answer is stored, and charged for
             raise RefusedError("what was cast is not what the visit names (cast_sha256)", code="cast")
         self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
-        data = self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True))
-        self.state["data"] = data
-        refuse(self._verdict(plan, self._spent_before(visit.run, data["fingerprint"])))
-        reservation = self._reserve(plan, visit, data["fingerprint"])
+        data = self._described(plan)
+        self.state["data"] = data._asdict()
+        refuse(self._verdict(known, self._spent_before(visit.run, data.fingerprint)))
         inbox.tidy(self.home.outbox, visit)
-        out = self.home.state / f".work-{inbox.key_of(visit)}"
+        if not asks:
+            airlock.agree(self.home.outbox, visit, airlock.Facts(head=self._head()))
+            return
+        known.note_cast(visit.round, visit.cast_sha256)
+        reservation = self._reserve(plan, visit, data.fingerprint)
+        out = self._work(entry, visit, reservation)
+        facts = airlock.Facts(
+            epsilon=self._spent(plan, visit),
+            rows=data.rows,
+            train_rows=data.train_rows,
+            test_rows=data.test_rows,
+            reservation=reservation.id if reservation else None,
+            witness=seals.sign(self.key, "witness", visit.witnessed()),
+            head=self._head(),
+        )
+        try:
+            airlock.admit(out, self.home.outbox, visit, known.proposal.leaves, policy, facts)
+        except RefusedError as error:  # whatever trains here tried to say something else: not once more
+            self.plans.decide(known, "stopped", "airlock", error.code)
+            raise
+        finally:
+            shutil.rmtree(out, ignore_errors=True)
+
+    def _described(self, plan: Plan) -> Described:
+        """The data, by the training process's word as far as this daemon can check it: the counts will leave."""
+        found = described(self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True)))
+        try:
+            size = self.config.data.path.stat().st_size
+        except OSError:
+            return found  # the training process said what is wrong, if it matters
+        if found.rows > size // 2:  # a row has a cell and an end at least
+            raise RefusedError(f"the training process counts {found.rows} rows in {size} bytes", code="worker")
+        return found
+
+    def _work(self, entry: Entry, visit: Visit, reservation: Reservation | None) -> Path:
+        """Have the training process do the visit; its outcome lies in the folder that is returned."""
+        out = self.home.state / "work" / inbox.key_of(visit)
         memory = self._memory(visit)
         self.workshop.ask(
             op="visit",
@@ -66,20 +158,18 @@ class Visits:
             kept = self.home.memory / visit.run
             kept.mkdir(mode=0o700, exist_ok=True)
             (out / "memory.safetensors").replace(kept / f"{visit.round:06d}.safetensors")
-        airlock.admit(
-            out,
-            self.home.outbox,
-            visit,
-            self.config.policy,
-            epsilon=self._spent(plan, visit),
-            test_rows=data["test_rows"],
-            reservation=reservation.id if reservation else None,
-        )
-        shutil.rmtree(out, ignore_errors=True)
+        return out
 
-    def _verdict(self, plan: Plan, spent: list[Charge]) -> list[Rule]:
-        size = wire.size_limit(airlock.agreed(plan.canonical()))
-        return verdict(self.config.policy, plan, Case(self.config.site, spent, size))
+    def _head(self) -> Head | None:
+        """The ledger's last entry, by this site's hand: the coordinator will show it again."""
+        count, hash = self.ledger.head()
+        if not count:
+            return None
+        return Head(count=count, hash=hash, signature=seals.sign(self.key, "ledger-head", f"{count}:{hash}"))
+
+    def _verdict(self, known: Known, spent: list[Charge]) -> list[Rule]:
+        proposal = known.proposal
+        return verdict(self.config.policy, proposal.plan, Case(self.config.site, spent, proposal.leaves.bytes))
 
     def _spent_before(self, run: str, fingerprint: str) -> list[Charge]:
         """What other runs have charged to the data."""

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from fedtailor import leaving, tree
 from fedtailor import recipe as recipes
-from fedtailor import tree, wire
 from fedtailor.baseline import train_alone
 from fedtailor.batches import draw, pack
 from fedtailor.client.private_training import check_private, private_train
@@ -55,7 +55,7 @@ def perform(
     plan, recipe, strategy = prepared(visit.plan)
     with torch.device("meta"):  # shapes only
         expected = strategy.broadcast(strategy.init(recipes.shapes(recipe)))
-    wire.check(tree.flatten(cast), wire.spec_of(expected))
+    leaving.check(tree.flatten(cast), leaving.spec_of(expected))
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
                     summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
     update: dict[str, object] = {}

@@ -1,126 +1,59 @@
 """The training process: no key, no network, the installed ClientApp only. It is kept warm and does one thing at a time.
 
-It speaks JSON lines on its standard input and output with the daemon that started it, and dies with it.
+It speaks JSON lines on its standard input and output with the daemon that started it, and dies with it. The first line
+says what it may touch; with that it confines itself, and only then imports what can train.
 """
 
-import ctypes
+import errno
 import json
 import os
-import shutil
 import signal
 import sys
-import time
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from flwr.app import Context, RecordDict
-from flwr.app.message.message import make_message
-from flwr.app.metadata import Metadata
+from fedtailor.client.confine import Rules, confine, die_with_parent
+from fedtailor.errors import FedtailorError
 
-from fedtailor import store, wire
-from fedtailor.client.app import client_app
-from fedtailor.client.work import Work, perform
-from fedtailor.config import build
-from fedtailor.errors import ContractError, FedtailorError
-from fedtailor.recipe import Dataset, Recipe
-from fedtailor.sources import CsvSource
-from fedtailor.study import Spec
-from fedtailor.tree import Tree
-from fedtailor.wire import Visit
-
-PR_SET_PDEATHSIG = 1
-
-
-class Worker:
-    """Answers the daemon's requests; holds the prepared data."""
-
-    def __init__(self, start: dict[str, Any]) -> None:
-        self.site: str = start["site"]
-        self.source = CsvSource(Path(start["data"]))
-        self.minimum: int = start["minimum"]
-        torch.set_num_threads(start["threads"])
-        self.data: dict[str, tuple[tuple[int, int], Dataset]] = {}  # recipe -> (the file's time and size), data
-
-    def dataset(self, recipe: dict[str, Any]) -> Dataset:
-        """The site's data as ``recipe`` prepares them; read again when the file has changed."""
-        name = json.dumps(recipe, sort_keys=True)
-        try:
-            info = self.source.path.stat()
-        except OSError as error:
-            raise ContractError(f"data: cannot read {self.source.path}: {error.strerror}") from error
-        stamp = (info.st_mtime_ns, info.st_size)
-        if name not in self.data or self.data[name][0] != stamp:
-            built = build(Spec.model_validate(recipe), Recipe)
-            self.data[name] = (stamp, built.prepare(self.source.table()))
-        return self.data[name][1]
-
-    def warm(self) -> None:
-        """Import what every visit needs, before the first one comes."""
-        import fedtailor.recipes
-        import fedtailor.strategies  # noqa: F401
-
-    def describe(self, request: dict[str, Any]) -> dict[str, Any]:
-        """What the ledger needs to know of the data."""
-        data = self.dataset(request["recipe"])
-        return {
-            "fingerprint": data.fingerprint,
-            "rows": data.rows,
-            "train_rows": len(data.train.y),
-            "test_rows": len(data.test.y),
-            "notes": list(data.notes),
-        }
-
-    def visit(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Run one visit through the ClientApp; the outcome is written into ``out``."""
-        entry, out = Path(request["entry"]), Path(request["out"])
-        key = bytes.fromhex(request["key"]) if request["key"] else None
-        head = wire.parse_head(Visit, (entry / "head.json").read_text())
-        data = self.dataset(json.loads(head.plan)["recipe"])
-        memory: Tree = store.load_tree(Path(request["memory"]))[0] if request["memory"] else {}
-        kept: list[Work] = []
-
-        def performed(visit: Visit, cast: Tree, *_: object) -> Work:
-            kept.append(perform(visit, cast, data, memory, site=self.site, key=key, minimum=self.minimum))
-            return kept[0]
-
-        content = wire.record(head, (entry / "payload.safetensors").read_bytes())
-        meta = Metadata(1, entry.name, 1, 2, "", "", time.time(), 3600.0, "train")
-        context = Context(run_id=1, node_id=2, node_config={}, state=RecordDict(), run_config={})
-        reply = client_app(performed)(make_message(meta, content), context)
-        shutil.rmtree(out, ignore_errors=True)  # of a worker that died here
-        out.mkdir(mode=0o700, parents=True)
-        if kept[0].memory:
-            store.save_tree(out / "memory.safetensors", kept[0].memory, {})
-        report, summand = wire.unpacked(reply.content)
-        (out / "summand.safetensors").write_bytes(summand)  # scratch: what leaves, the airlock makes durable
-        store.write_text(out / "work.json", report)
-        return {}
+if TYPE_CHECKING:
+    from fedtailor.client.tasks import Tasks
 
 
 def main() -> None:
     """Serve requests until the daemon closes the pipe."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent(signal.SIGKILL)
     os.umask(0o077)
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log, not into the conversation
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the daemon, which then ends this process
-    worker: Worker | None = None
+    tasks: Tasks | None = None
     for line in sys.stdin:
         request = json.loads(line)
         try:
             if request["op"] == "start":
-                worker = Worker(request)
-                worker.warm()
-                answer: dict[str, Any] = {}
+                answer = confine(Rules(**request["rules"]))._asdict()
+                tasks = _tasks(request)
             else:
-                assert worker is not None
-                answer = {"describe": worker.describe, "visit": worker.visit}[request["op"]](request)
+                assert tasks is not None
+                answer = tasks.operations[request["op"]](request)
         except FedtailorError as error:
             answer = {"error": error.code, "text": str(error)}
         except Exception as error:  # the recipe is the site's own, but a bug in it must not end the daemon
-            answer = {"error": "crashed", "text": f"{type(error).__name__}: {error}"}
+            answer = {"error": "memory" if _of_memory(error) else "crashed", "text": f"{type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
+
+
+def _tasks(request: dict[str, Any]) -> "Tasks":
+    from fedtailor.client.tasks import Tasks  # torch and Flower: within the cell
+
+    tasks = Tasks(request)
+    tasks.warm()
+    return tasks
+
+
+def _of_memory(error: Exception) -> bool:
+    """Whether memory was refused: Python, the kernel and torch each say so in their own way."""
+    refused = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    return refused or isinstance(error, MemoryError) or "t allocate memory" in str(error)
 
 
 if __name__ == "__main__":

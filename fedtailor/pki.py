@@ -73,6 +73,21 @@ def public_key(certificate: Path) -> ec.EllipticCurvePublicKey:
     return key
 
 
+def key_in(pem: str) -> ec.EllipticCurvePublicKey:
+    """The public key in a certificate's PEM text.
+
+    Raises:
+        ConfigError: if it is not a certificate of ours.
+    """
+    try:
+        key = x509.load_pem_x509_certificate(pem.encode()).public_key()
+    except ValueError as error:
+        raise ConfigError(f"a certificate cannot be read: {error}; restore it") from error
+    if not isinstance(key, ec.EllipticCurvePublicKey):
+        raise ConfigError("a certificate whose key is not on an elliptic curve")
+    return key
+
+
 def fingerprint(certificate: Path) -> str:
     """SHA-256 of a certificate in groups of four, to read over the telephone."""
     digest = x509.load_pem_x509_certificate(certificate.read_bytes()).fingerprint(hashes.SHA256()).hex()

@@ -5,14 +5,15 @@ There is no default policy: a site without one refuses everything. The coordinat
 
 from collections.abc import Sequence
 from datetime import datetime
-from typing import Annotated, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from fedtailor.errors import RefusedError
-from fedtailor.privacy.accounting import Charge, affordable, epsilon
+from fedtailor.privacy.accounting import MIN_NOISE, Charge, affordable, epsilon
 from fedtailor.study import Frozen, Name, Plan
 
+Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64,512}$")]  # as `fedtailor client officer` prints it
 Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
 
 
@@ -52,9 +53,24 @@ class Policy(Frozen):
     partners: tuple[Name, ...] | None = None  # who may take part beside this site; None: anyone
     metrics: bool = True  # whether metrics of the held-out part may leave; they are exact, not private
     minimum_count: PositiveInt = 10  # fewer held-out rows than this, and no metric leaves
+    greatest_norm: Annotated[float, Field(gt=0)] | None = None  # of one answer: L2, all tensors together
     max_download_mb: PositiveInt = 2048  # of one message
     max_upload_mb: PositiveInt = 2048  # of one answer
+    task_seconds: PositiveInt = 3600  # of one task of the training process: its data described, or one visit
+    task_memory_mb: PositiveInt = 8192  # of the training process; what passes either limit is ended and declined
     hours: Hours | None = None  # when work may begin; None: at any time
+    approval: Literal["person", "policy"] = "person"  # who admits a study that the other rules allow
+    officers: tuple[Key, ...] = ()  # their public keys; with any, a study is approved by their signatures only
+    officers_needed: PositiveInt = 1  # how many of them
+    hold: Literal["nothing", "each", "last"] = "nothing"  # answers that a person releases one by one
+
+    @model_validator(mode="after")
+    def _officers_suffice(self) -> "Policy":
+        if self.officers and not self.officers_needed <= len(set(self.officers)):
+            raise ValueError(
+                f"officers_needed: {self.officers_needed} is more than the {len(set(self.officers))} officers"
+            )
+        return self
 
 
 class Rule(NamedTuple):
@@ -99,6 +115,10 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         _most("steps", "local steps a round", plan.local.steps, policy.max_steps),
         _most("upload", "megabytes of one answer", round(case.answer_bytes / 2**20, 3), policy.max_upload_mb),
     ]
+    if policy.greatest_norm is not None:
+        asked = f"{plan.norm:g}" if plan.norm is not None else "no bound"
+        ok = plan.norm is not None and plan.norm <= policy.greatest_norm
+        rules.append(_rule("norm", "L2 norm of one answer", ok, asked, f"at most {policy.greatest_norm:g}"))
     return rules + (_without(policy) if plan.privacy is None else _privacy(policy, plan, case))
 
 
@@ -109,7 +129,10 @@ def _without(policy: Policy) -> list[Rule]:
 
 def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     assert plan.privacy is not None
-    stated, charge = plan.privacy, charge_of(plan)
+    stated, noise = plan.privacy, plan.privacy.noise_multiplier
+    if noise is not None and noise < MIN_NOISE:  # no epsilon can be worked out for so little: nothing else matters
+        return [_least("noise", "noise multiplier", noise, max(policy.least_noise, MIN_NOISE))]
+    charge = charge_of(plan)
     assert charge is not None
     whole = epsilon([charge] * plan.rounds, stated.delta)
     total = epsilon([*case.spent, *[charge] * plan.rounds], stated.delta)

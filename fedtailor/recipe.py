@@ -39,6 +39,7 @@ class Recipe(NamedTuple):
     model: Callable[[], nn.Module]  # a fresh module: x [B, ...] -> outputs [B, ...]
     losses: Callable[[Tensor, Tensor], Tensor]  # outputs, y -> loss of each example [B]
     metrics: Callable[[Tensor, Tensor], Metrics]  # outputs, y of a test part -> named metrics
+    contract: str = ""  # the data contract that ``prepare`` goes by, as canonical text
 
 
 def initial(recipe: Recipe, seed: int) -> Params:

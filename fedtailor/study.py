@@ -62,6 +62,7 @@ class Plan(Frozen):
     recipe: Spec
     privacy: RecordPrivacy | None
     evaluation: Evaluation = Evaluation()
+    norm: PositiveFloat | None = None  # the greatest L2 norm of one answer; None: not bounded
 
     @model_validator(mode="after")
     def _sites_are_distinct_and_suffice(self) -> "Plan":

@@ -26,7 +26,7 @@ def _call(fn: Callable[..., Tensor], *xs: Tensor) -> Tensor:
     return fn(*xs)
 
 
-def at(tree: Tree, index: int | slice | None) -> Tree:
+def at(tree: Tree, index: int | slice | Tensor | None) -> Tree:
     """Index the leading axis of every leaf; ``None`` adds one."""
     return map(lambda x: x[index], tree)
 

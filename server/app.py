@@ -18,8 +18,8 @@ import yaml
 from flwr.app import ConfigRecord, Context, Message, MessageType
 from flwr.serverapp import Grid, ServerApp
 
+from fedtailor import leaving, store, tree, wire
 from fedtailor import recipe as recipes
-from fedtailor import store, tree, wire
 from fedtailor.config import Experiment, build, load
 from fedtailor.errors import ConnectionFailed
 from fedtailor.privacy.planning import resolve
@@ -49,7 +49,8 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
     began, plan = time.monotonic(), resolve(experiment.plan)
     recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
     start = recipes.initial(recipe, plan.seed)
-    state, like, progress = strategy.init(start), wire.summand(plan, strategy, start), Progress()
+    state, like, progress = strategy.init(start), leaving.summand(plan, strategy, start), Progress()
+    leaves = leaving.agreed(plan.canonical())
     nodes = dict(zip(plan.sites, _wait_for(grid, len(plan.sites)), strict=False))
     source = experiment.simulation.data.model_dump_json(by_alias=True)
     setup_s = time.monotonic() - began
@@ -72,7 +73,7 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
                 content["research"] = ConfigRecord({"site": site, "source": source})
                 messages[site] = Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
             stream = _answers(grid, messages, plan.deadline_s, Path(spool))
-            closed = close_round(strategy, visit, wire.spec_of(like), stream, lambda answer: None)
+            closed = close_round(strategy, visit, leaves, stream, lambda answer: None)
             closed = closed._replace(sent={site: len(payload) for site in messages})
             progress = noted(progress, plan, closed, round, time.monotonic() - clock if train else None)
             if train:

@@ -16,15 +16,18 @@ from typing import Any
 from cryptography import x509
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 
-from fedtailor import control
+from fedtailor import control, pki, proposal
 from fedtailor.config import build
 from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.recipe import Recipe
+from fedtailor.seals import Public
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
 from fedtailor.server.runs import DONE, Run
-from fedtailor.server.studies import Setting, execute
+from fedtailor.server.studies import execute, propose
 from fedtailor.server.superlink import SuperLink
+from fedtailor.server.tour import Setting
+from fedtailor.server.vouching import Heads
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 
@@ -69,13 +72,16 @@ class Coordinator:
             self.superlink.close_stale_runs()
             for name, pem in self.home.admitted().items():
                 self._register(name, pem)
+            waiting: list[Run] = []
             for status in sorted((run.status() for run in self._runs()), key=lambda s: s.run):
                 if status.status not in DONE:
-                    self.queue.put(status.run)
+                    waiting.append(Run(self.home.studies / status.run))
             app = public(self.superlink.app, self.bell)
             self.server = serve(app, self.config.host, self.config.port, self.home.tls)
             self.bell.ending = lambda: self.server.should_exit
             self.transport = described(self.server, bool(self.superlink.app.state.enable_supernode_auth))
+            for run in waiting:
+                self._begin(run)
             scheduler = threading.Thread(target=self._schedule, name="scheduler")
             scheduler.start()
             socket_path = control.socket_of(self.home.folder)
@@ -139,9 +145,18 @@ class Coordinator:
             )
         build(plan.recipe, Recipe)
         build(plan.strategy, Strategy)
-        run = Run.create(self.home.studies, plan, request.get("config", ""))
-        self.queue.put(run.name)
+        days = float(request.get("days", 30.0))
+
+        def signed(run: str) -> str:
+            return proposal.signed(proposal.propose(plan, run, self._keys(plan), days=days), self.home.signer())
+
+        run = Run.create(self.home.studies, plan, request.get("config", ""), signed)
+        self._begin(run)
         return {"run": run.name, "folder": str(run.folder)}
+
+    def _keys(self, plan: Plan) -> dict[str, Public]:
+        admitted = self.home.admitted()
+        return {site: pki.key_in(admitted[site]) for site in plan.sites}
 
     def _list(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"runs": [status._asdict() for status in sorted(run.status() for run in self._runs())]}
@@ -166,10 +181,10 @@ class Coordinator:
     def _resume(self, request: dict[str, Any]) -> dict[str, Any]:
         run = self._run(request["run"])
         status = run.status()
-        if status.status in ("completed", "queued", "running"):
+        if status.status in ("completed", "proposed", "queued", "running"):
             raise ConfigError(f"run {run.name!r} is {status.status}; only a failed or stopped run can be resumed")
-        run.write_status("queued", status.round)
-        self.queue.put(run.name)
+        run.write_status("queued" if run.agreed() else "proposed", status.round)
+        self._begin(run)
         return {"run": run.name}
 
     def _watch(self, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -189,7 +204,32 @@ class Coordinator:
                 return
             time.sleep(0.2)
 
-    # --- studies, one after another ---
+    # --- studies: many are proposed at a time, and run one after another ---
+
+    def _setting(self, stop: threading.Event) -> Setting:
+        return Setting(
+            superlink=self.superlink,
+            bell=self.bell,
+            key=self.home.signer(),
+            heads=Heads(self.home.folder / "heads"),
+            transport=self.transport,
+            stop=stop,
+            halt=self.halt,
+            watch=lambda event: log.info("%s", event),
+        )
+
+    def _begin(self, run: Run) -> None:
+        """Queue a run that its sites have agreed to; propose any other, in a thread of its own."""
+
+        def proposing() -> None:
+            wait_until_started(self.server)
+            if propose(run, self._setting(threading.Event())):
+                self.queue.put(run.name)
+
+        if run.agreed():
+            self.queue.put(run.name)
+        else:
+            threading.Thread(target=proposing, name=f"propose-{run.name}", daemon=True).start()
 
     def _schedule(self) -> None:
         wait_until_started(self.server)
@@ -202,8 +242,5 @@ class Coordinator:
                 continue
             stop = threading.Event()
             self.current = (name, stop)
-            setting = Setting(
-                self.superlink, self.bell, self.transport, stop, self.halt, lambda event: log.info("%s", event)
-            )
-            execute(run, setting)
+            execute(run, self._setting(stop))
             self.current = None

@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated
 
 import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, TypeAdapter, ValidationError
 
-from fedtailor import pki, store
+from fedtailor import pki, seals, store
 from fedtailor.config import readable
 from fedtailor.errors import ConfigError
 from fedtailor.study import Frozen, Name
@@ -53,8 +54,13 @@ class Home:
             folder.chmod(0o700)
         pki.make_ca(self.tls, f"{config.name[:60]} CA")
         pki.issue(self.tls, self.tls, "server", config.name, server=True, hosts=list(config.hosts))
+        seals.make_signer(self.folder / "signing" / "plans.key", self.folder / "signing" / "plans.pub")
         text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         store.write_text(self.folder / "server.yaml", text)
+
+    def signer(self) -> Ed25519PrivateKey:
+        """The key that signs proposals, visits and receipts. Sites pin its public half when they join."""
+        return seals.load_signer(self.folder / "signing" / "plans.key")
 
     def admit(self, site: str) -> Path:
         """Make a site's key and certificate; returns the kit to hand over to it, and remembers its public key."""
@@ -70,6 +76,7 @@ class Home:
             raise ConfigError(f"site {site!r} has been admitted already; its kit is {kit}")
         config = self.config()
         pki.issue(self.tls, kit, "site", site, server=False, hosts=[])
+        store.write_bytes(kit / "plans.pub", (self.folder / "signing" / "plans.pub").read_bytes(), mode=0o644)
         address = f"{config.hosts[0]}:{config.port}"
         store.write_text(kit / "kit.yaml", yaml.safe_dump({"site": site, "server": address}))
         fingerprint = pki.fingerprint(kit / "site.pem")

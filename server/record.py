@@ -29,6 +29,7 @@ class Progress(NamedTuple):
     work_s: tuple[float, ...] = ()  # the slowest site's own work in each round
     wall_s: float = 0.0
     sites: dict[str, dict[str, Any]] = {}  # name -> rows, epsilon, bytes, baseline
+    last: Any = None  # of the round before: fedtailor.server.vouching.Last
 
 
 def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: float | None) -> Progress:

@@ -2,13 +2,15 @@
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 from pydantic import ValidationError
 
 from fedtailor import store
-from fedtailor.errors import StoreError
+from fedtailor.errors import RefusedError, StoreError
+from fedtailor.proposal import Proposal, Signed, parsed
 from fedtailor.server.record import Progress
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
@@ -21,7 +23,7 @@ class Status(NamedTuple):
 
     run: str
     study: str
-    status: str  # queued, running, completed, stopped, failed
+    status: str  # proposed, queued, running, completed, stopped, failed
     round: int  # rounds closed
     rounds: int
     detail: str = ""
@@ -34,8 +36,12 @@ class Run:
         self.folder, self.name = folder, folder.name
 
     @classmethod
-    def create(cls, studies: Path, plan: Plan, config_yaml: str) -> "Run":
-        """Queue a plan under a new name."""
+    def create(cls, studies: Path, plan: Plan, config_yaml: str, signed: Callable[[str], str]) -> "Run":
+        """Queue a plan under a new name.
+
+        Args:
+            signed: makes the run's signed proposal, from its name.
+        """
         stamp = time.strftime("%Y%m%d-%H%M%S", time.gmtime())
         folder = studies / f"{plan.study}-{stamp}-{plan.digest()[:4]}"
         for suffix in range(1, 1000):
@@ -45,9 +51,10 @@ class Run:
             except FileExistsError:
                 folder = folder.with_name(f"{plan.study}-{stamp}-{plan.digest()[:4]}-{suffix}")
         run = cls(folder)
+        store.write_text(folder / "proposal.json", signed(run.name))
         store.write_text(folder / "plan.json", plan.canonical())
         store.write_text(folder / "config.yaml", config_yaml)
-        run.write_status("queued", 0)
+        run.write_status("proposed", 0)
         return run
 
     def plan(self) -> Plan:
@@ -56,6 +63,15 @@ class Run:
             return Plan.parse((self.folder / "plan.json").read_text())
         except (OSError, ValueError, ValidationError) as error:
             raise StoreError(f"{self.folder / 'plan.json'} cannot be read: {error}") from error
+
+    def proposal(self) -> tuple[str, Proposal]:
+        """The run's proposal: as it travels, and opened."""
+        path = self.folder / "proposal.json"
+        try:
+            text = path.read_text()
+            return text, parsed(Signed.model_validate_json(text).proposal)
+        except (OSError, ValueError, ValidationError, RefusedError) as error:
+            raise StoreError(f"{path} cannot be read: {error}; submit the study anew") from error
 
     def status(self) -> Status:
         """What is known of the run."""
@@ -68,6 +84,15 @@ class Run:
             return Status(self.name, plan.study, raw["status"], raw["round"], plan.rounds, raw.get("detail", ""))
         except (OSError, ValueError, KeyError, TypeError):
             return Status(self.name, plan.study, "failed", 0, plan.rounds, "status.json cannot be read")
+
+    def agree(self) -> None:
+        """Note that the sites have agreed to the proposal: the run waits for its turn."""
+        store.write_json(self.folder / "agreed.json", {})
+        self.write_status("queued", 0, "the sites have agreed")
+
+    def agreed(self) -> bool:
+        """Whether they have."""
+        return (self.folder / "agreed.json").exists()
 
     def ended(self) -> bool:
         """Whether the run is over, for better or worse."""

@@ -5,7 +5,7 @@ internal to it; tests/server/test_superlink.py fails when a new flwr moves one.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -133,8 +133,8 @@ class SuperLink:
         for info in self.state.get_run_info(statuses=["pending", "starting", "running"]):
             self.state.stop_run(info.run_id)
 
-    def push(self, run: int, content: RecordDict, nodes: Iterable[int], ttl: float) -> dict[int, str]:
-        """Send ``content`` to each node; returns node id -> message id.
+    def push(self, run: int, contents: Mapping[int, RecordDict], ttl: float) -> dict[int, str]:
+        """Send each node its content; returns node id -> message id. Equal parts of two contents are stored once.
 
         Every message is registered before the first object is stored: a push session ends when nothing is pending.
         """
@@ -142,7 +142,7 @@ class SuperLink:
         sent: dict[int, str] = {}
         todo: dict[str, Any] = {}
         with no_object_id_recompute():
-            for node in nodes:
+            for node, content in contents.items():
                 meta = Metadata(run, "", SUPERLINK_NODE_ID, node, "", "", time.time(), ttl, "train")
                 message = make_message(meta, content)
                 message.metadata.__dict__["_message_id"] = message.object_id

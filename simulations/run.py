@@ -12,12 +12,14 @@ from fedtailor import seeds, tree
 from fedtailor.baseline import train_alone
 from fedtailor.batches import draw, pack
 from fedtailor.config import build
-from fedtailor.errors import ConfigError, ContractError
+from fedtailor.errors import ConfigError, ContractError, RefusedError
+from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
@@ -28,19 +30,31 @@ OnEvent = Callable[[dict[str, Any]], None]
 
 
 def simulate(
-    plan: Plan, sources: Mapping[str, DataSource], *, block: int = 64, on_event: OnEvent = lambda event: None
+    plan: Plan,
+    sources: Mapping[str, DataSource],
+    *,
+    block: int = 64,
+    policies: Mapping[str, Policy] | None = None,
+    on_event: OnEvent = lambda event: None,
 ) -> tuple[Result, Params]:
     """Run ``plan`` with one client a site.
 
     Without privacy the parameters equal the deployment's to floating-point tolerance. With privacy the accounting is
     the deployment's, but noise and samples come from seeded generators: for studying accuracy, not for release.
 
+    Args:
+        policies: each site's rules; None: nobody asks them. With rules, what they refuse does not take part, and what
+            leaves passes the same list as in a deployment.
+
     Raises:
+        RefusedError: if the rules leave fewer sites than the quorum.
         ConfigError: if a site of the plan has no source.
         ContractError: if its data do not satisfy the contract.
     """
     began = time.monotonic()
     plan = resolve(plan)
+    gate = None if policies is None else admit(plan, policies)
+    plan = plan if gate is None else gate.plan
     recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
     data = prepared(plan, recipe, sources)
     start = recipes.initial(recipe, plan.seed)
@@ -52,21 +66,33 @@ def simulate(
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
     live = torch.ones(len(plan.sites), plan.local.steps)
     history: list[dict[str, Any]] = []
+    keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         clock = time.monotonic()
         if round % plan.evaluation.every == 0:
             history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
         batches = batches_of(plan, data, round, start)
-        state, memory = simulate_round(strategy, train, state, memory, batches, live, counts, round, block=block)
+        state, memory = simulate_round(
+            strategy, train, state, memory, batches, live, counts, round, block=block, keep=keep
+        )
+        if (
+            gate is not None
+            and len(plan.sites) - len({entry["site"] for entry in gate.dropped} & set(plan.sites)) < plan.quorum
+        ):
+            raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
         round_s.append(time.monotonic() - clock)
         on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
     history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
     alone: dict[str, Metrics] = {}
+    if gate is not None:
+        for past in history:
+            past["sites"] = _left(gate, past["sites"], data)
     if plan.evaluation.baseline:
         for site in plan.sites:
             params = train_alone(recipe, data[site].train, plan, site)
             alone[site] = recipes.evaluate(recipe, params, data[site].test)
+    alone = alone if gate is None else _left(gate, alone, data)
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
     spent = _epsilon(plan)
@@ -77,7 +103,7 @@ def simulate(
         sites={
             site: SiteResult(
                 rows=data[site].rows,
-                metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"][site]},
+                metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"].get(site, {})},
                 epsilon=spent,
                 bytes_sent=0,
                 bytes_received=0,
@@ -92,9 +118,16 @@ def simulate(
         seed=plan.seed,
         model=model_file(params),
         versions=versions(),
+        dropped=[] if gate is None else gate.dropped,
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
+
+
+def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset]) -> dict[str, Metrics]:
+    """The metrics that leave their sites."""
+    left = {site: gate.metrics(site, metrics, len(data[site].test.y)) for site, metrics in measured.items()}
+    return {site: metrics for site, metrics in left.items() if metrics is not None}
 
 
 def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> dict[str, Dataset]:

@@ -41,7 +41,9 @@ class Deployment:
             write_csv(sources[site].table(), data)
             set_up(self.site_home(site), home.admit(site), data=data, studies=["heart"], epsilon=epsilon, delta=1e-4)
             path = self.site_home(site) / "site.yaml"
-            path.write_text(path.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n"))
+            path.write_text(
+                path.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n  approval: policy\n")
+            )
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
     def site_home(self, site: str) -> Path:

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from fedtailor.cli import client, demo, server, simulate
+from fedtailor.cli import approval, client, demo, server, simulate
 from fedtailor.errors import ConfigError, FedtailorError, RefusedError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
 )
 app.add_typer(server.app, name="server")
 app.add_typer(client.app, name="client")
+approval.add_to(client.app)
 app.command("simulate")(simulate.simulate)
 app.command("demo")(demo.demo)
 

@@ -1,7 +1,5 @@
 """``fedtailor client``: what a site does."""
 
-import getpass
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,19 +13,11 @@ app = typer.Typer(help="Run a site's daemon, and see what it does.", no_args_is_
 app.add_typer(audit.app, name="audit")
 
 
-def login() -> str:
-    """Who gives the command, for the audit log."""
-    try:
-        return os.environ.get("SUDO_USER") or getpass.getuser()
-    except (KeyError, OSError):  # a user without a name
-        return str(os.getuid())
-
-
 def ask(home: Path, method: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
     """Ask the running daemon of ``home``."""
     from fedtailor import control
 
-    return control.call(control.socket_of(home), "Site", method, {"person": login(), **(request or {})})
+    return control.call(control.socket_of(home), "Site", method, request)
 
 
 @app.command()
@@ -62,6 +52,8 @@ def up(home: SiteHome = SITE_HOME) -> None:
 @app.command()
 def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
     """Show study, round, epsilon spent and left, and bytes sent."""
+    from fedtailor.client.confine import Confinement
+
     answer = ask(home, "Status")
     if not show(answer, json):
         budget = answer["epsilon"]
@@ -76,6 +68,7 @@ def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
             ["epsilon left", budget["left"]],
             ["bytes sent", answer["bytes_sent"]],
             ["last problem", answer["last_error"]],
+            *([f"worker: {name}", text] for name, text in Confinement(**answer["confinement"] or {}).rows()),
         ]
         table(answer["site"], ["", ""], rows)
 

@@ -34,9 +34,15 @@ class Processes:
     def __init__(self, logs: Path) -> None:
         self.logs = logs
         self.running: dict[str, subprocess.Popen[bytes]] = {}
+        self.interrupted = False
 
     def __enter__(self) -> "Processes":
+        self.before = signal.signal(signal.SIGINT, self._interrupt)
         return self
+
+    def _interrupt(self, *_: object) -> None:
+        self.interrupted = True  # the exception alone is lost where it meets a library's callback
+        raise KeyboardInterrupt
 
     def start(self, name: str, *arguments: str) -> None:
         """Start ``fedtailor …`` in the background, with its log in ``logs``."""
@@ -53,7 +59,9 @@ class Processes:
             )
 
     def check(self) -> None:
-        """Raise if one of them ended by itself."""
+        """Raise if one of them ended by itself, or Ctrl-C was pressed."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         for name, process in self.running.items():
             if process.poll() is not None:
                 path = self.logs / f"{name}.log"
@@ -63,6 +71,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.signal(signal.SIGINT, self.before)
         for process in self.running.values():
             if process.poll() is None:
                 process.terminate()
@@ -183,6 +192,21 @@ def _wait_until_connected(home: Path, sites: Sequence[str], processes: Processes
     raise ConnectionFailed(f"not all hospitals connected within {timeout:.0f} s; the logs are in {processes.logs}")
 
 
+def _approve(sites: Path, names: Sequence[str], run: str, processes: Processes, console: Console) -> None:
+    """What an officer of each hospital does: look at the plan, compare it with the policy, and say yes."""
+    from fedtailor.cli.client import ask
+
+    end, left = time.monotonic() + 60, list(names)
+    while left and time.monotonic() < end:
+        processes.check()
+        for name in list(left):
+            if any(row["run"] == run for row in ask(sites / name, "Plans")["rows"]):
+                shown = ask(sites / name, "Approve", {"plan": run, "who": "demo"})
+                console.print(f"{name} approves plan {shown['hash'][:12]}", highlight=False)
+                left.remove(name)
+        time.sleep(0.1)
+
+
 def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes, console: Console) -> str:
     """Submit the study and show its progress until it ends; the run's name."""
     import yaml
@@ -195,6 +219,7 @@ def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes,
     plan = resolve(load(overrides).plan)
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
     run = str(ask(home, "Submit", {"plan": plan.canonical(), "config": config})["run"])
+    _approve(home.parent / "sites", plan.sites, run, processes, console)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

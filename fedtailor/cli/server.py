@@ -66,10 +66,11 @@ def up(home: ServerHome = SERVER_HOME) -> None:
 def submit(
     overrides: Overrides = None,
     home: ServerHome = SERVER_HOME,
+    days: Annotated[float, typer.Option(help="For how many days sites may approve it.", min=0.01, max=365)] = 30.0,
     resume: Annotated[str | None, typer.Option(help="Take up a failed or stopped run again, by its name.")] = None,
     json: Json = False,
 ) -> None:
-    """Queue a study. It begins when the one before it has ended."""
+    """Propose a study to its sites. It begins when a quorum has agreed and the one before it has ended."""
     import yaml
 
     from fedtailor.config import load
@@ -80,10 +81,10 @@ def submit(
     else:
         plan = resolve(load(overrides or []).plan)
         config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-        answer = ask(home, "Submit", {"plan": plan.canonical(), "config": config})
+        answer = ask(home, "Submit", {"plan": plan.canonical(), "config": config, "days": days})
     if not show(answer, json):
         Console().print(
-            f"queued: {answer['run']}; follow it with: fedtailor server watch {answer['run']} --home {home}"
+            f"proposed: {answer['run']}; follow it with: fedtailor server watch {answer['run']} --home {home}"
         )
 
 
@@ -124,6 +125,10 @@ def sentence(event: dict[str, Any]) -> str:
     match event["kind"]:
         case "started":
             return f"{event['run']}: round {event['round']} of {event['rounds']} begins"
+        case "proposal":
+            code = event["code"]
+            said = "agrees" if code is None else "has not decided yet" if code == "pending" else f"refuses ({code})"
+            return f"  {event['site']}: {said}"
         case "reply" if event["code"]:
             return f"  {event['site']}: no reply that counts ({event['code']})"
         case "reply":

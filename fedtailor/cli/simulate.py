@@ -20,11 +20,13 @@ def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -
     from fedtailor.config import build, load
     from fedtailor.privacy.planning import resolve
     from fedtailor.report import console_table, write_run
+    from fedtailor.simulations import policies
     from fedtailor.simulations.run import simulate as run_study
 
     plan, simulation = load(overrides or [])
     plan = resolve(plan)
     sources: dict[str, Any] = build(simulation.data, dict)
+    rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -38,7 +40,7 @@ def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -
             if event.get("kind") == "round":
                 progress.update(task, completed=event["round"])
 
-        result, params = run_study(plan, sources, block=simulation.block, on_event=on_event)
+        result, params = run_study(plan, sources, block=simulation.block, policies=rules, on_event=on_event)
     folder = out or Path("outputs") / "simulate" / plan.study
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
     write_run(folder, result=result, plan=plan, params=params, config_yaml=config)

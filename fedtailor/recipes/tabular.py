@@ -69,7 +69,7 @@ def tabular(
     def losses(outputs: Tensor, y: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, y, reduction="none")
 
-    return Recipe(f"tabular-{model}-{agreed.name}", prepare, module, losses, binary)
+    return Recipe(f"tabular-{model}-{agreed.name}", prepare, module, losses, binary, agreed.model_dump_json())
 
 
 def _width(column: Column) -> int:

@@ -3,13 +3,15 @@
 import hashlib
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import load, save
 
-from fedtailor import wire
+from fedtailor import leaving, wire
 from fedtailor.client import airlock, inbox
 from fedtailor.client.chain import Chain, rows
 from fedtailor.client.fleet import Envelope
@@ -17,18 +19,21 @@ from fedtailor.client.signing import Signer
 from fedtailor.client.site import Policy
 from fedtailor.config import load as configured
 from fedtailor.errors import ConnectionFailed, RefusedError
+from fedtailor.receipts import Head
 from fedtailor.wire import Report, Visit
 
 PLAN = configured(["study=heart", "privacy=none", "strategy=fedavg"]).plan.canonical()
 VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=True, plan=PLAN, cast_sha256="0" * 64)
+LEAVES = leaving.agreed(PLAN)
 POLICY = Policy(studies=("heart",), epsilon=8.0, delta=1e-4)
 METRICS = {"auroc": 0.75, "loss": None}
 SIGNER = Signer(ec.generate_private_key(ec.SECP384R1()))
+HEAD = Head(count=7, hash="0" * 64, signature="cd")
 ENVELOPE = Envelope(7, "m" * 64, 1.0, 60.0, 2.0)
 
 
 def honest():
-    return {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in airlock.agreed(PLAN).items()}
+    return {name: torch.ones(shape, dtype=dtype) for name, (dtype, shape) in LEAVES.spec().items()}
 
 
 def written(tmp_path, flat=None, raw=None, **changed):
@@ -42,16 +47,19 @@ def written(tmp_path, flat=None, raw=None, **changed):
     return out
 
 
-def admitted(tmp_path, out, visit=VISIT, policy=POLICY, test_rows=66):
+FACTS = airlock.Facts(epsilon=1.5, rows=200, train_rows=134, test_rows=66, reservation=4, witness="ab", head=HEAD)
+
+
+def admitted(tmp_path, out, visit=VISIT, policy=POLICY, test_rows=66, leaves=LEAVES):
     outbox = tmp_path / "outbox"
     outbox.mkdir(exist_ok=True)
-    airlock.admit(out, outbox, visit, policy, epsilon=1.5, test_rows=test_rows, reservation=4)
+    airlock.admit(out, outbox, visit, leaves, policy, FACTS._replace(test_rows=test_rows))
     return inbox.stored(outbox, visit)
 
 
-def dropped(tmp_path, out, code, visit=VISIT):
+def dropped(tmp_path, out, code, visit=VISIT, leaves=LEAVES):
     with pytest.raises(RefusedError, match="the airlock dropped an answer") as error:
-        admitted(tmp_path, out, visit)
+        admitted(tmp_path, out, visit, leaves=leaves)
     assert error.value.code == f"airlock-{code}"
     assert list((tmp_path / "outbox").iterdir()) == []
 
@@ -60,7 +68,7 @@ def dropped(tmp_path, out, code, visit=VISIT):
 
 
 def test_an_honest_answer_is_salted_and_durable(tmp_path):
-    report, payload, reservation = admitted(tmp_path, written(tmp_path))
+    report, payload, reservation, _ = admitted(tmp_path, written(tmp_path))
     plain = wire.salted(report.salt)(payload)
     assert payload != plain and hashlib.sha256(plain).hexdigest() == report.summand_sha256
     there = load(plain)
@@ -70,7 +78,8 @@ def test_an_honest_answer_is_salted_and_durable(tmp_path):
 
 
 def test_what_the_airlock_knows_itself_is_not_taken_from_the_training_process(tmp_path):
-    report, _, _ = admitted(tmp_path, written(tmp_path))
+    report = admitted(tmp_path, written(tmp_path, rows=1, train_rows=77, witness="ee", head=None)).report
+    assert (report.rows, report.train_rows, report.witness, report.head) == (200, 134, "ab", HEAD)
     assert report.epsilon == 1.5 and report.salt != "0" * 64 != report.summand_sha256
 
 
@@ -85,7 +94,7 @@ def test_every_answer_has_a_salt_of_its_own(tmp_path):
 def test_an_evaluation_carries_no_tensors(tmp_path):
     visit = VISIT.model_copy(update={"train": False})
     dropped(tmp_path, written(tmp_path), "keys", visit)
-    report, payload, _ = admitted(tmp_path, written(tmp_path, {}), visit)
+    report, payload, _, _ = admitted(tmp_path, written(tmp_path, {}), visit)
     assert load(wire.salted(report.salt)(payload)) == {} and report.metrics == METRICS
 
 
@@ -157,6 +166,20 @@ def test_a_report_with_more_than_was_agreed_does_not_leave(tmp_path):
     dropped(tmp_path, written(tmp_path, metrics={"auroc": math.nan}), "head")
 
 
+@pytest.mark.parametrize("name", ["work.json", "summand.safetensors"])
+def test_a_link_to_elsewhere_is_not_followed(tmp_path, name):
+    out = written(tmp_path)
+    (out / name).rename(tmp_path / "elsewhere")
+    (out / name).symlink_to(tmp_path / "elsewhere")
+    dropped(tmp_path, out, "format")
+
+
+def test_a_report_that_is_too_long_is_not_read(tmp_path):
+    out = written(tmp_path)
+    (out / "work.json").write_text((out / "work.json").read_text() + " " * wire.HEAD_LIMIT)
+    dropped(tmp_path, out, "head")
+
+
 def test_text_in_the_tensors_file_does_not_leave(tmp_path):
     dropped(tmp_path, written(tmp_path, raw=save(honest(), metadata={"note": "Jane Doe"})), "metadata")
 
@@ -174,7 +197,7 @@ def padded(blanks, **fields):
 def test_text_hidden_in_the_tensors_header_does_not_leave(tmp_path):
     """The format's readers skip fields they do not know, and blanks."""
     out = written(tmp_path, raw=padded(800, note="Jane Doe"))
-    report, payload, _ = admitted(tmp_path, out)
+    report, payload, _, _ = admitted(tmp_path, out)
     plain = wire.salted(report.salt)(payload)
     assert b"Doe" not in plain and len(plain) < len(save(honest())) + 64
     assert all(torch.equal(load(plain)[k], v) for k, v in honest().items())
@@ -184,7 +207,33 @@ def test_a_file_that_is_larger_than_what_was_agreed_does_not_leave(tmp_path):
     dropped(tmp_path, written(tmp_path, raw=padded(10_000)), "oversized")
 
 
+@pytest.mark.parametrize("bound,leaves_it", [(1.0, False), (6.5, False), (6.6, True), (1e9, True), (None, True)])
+def test_an_answer_longer_than_agreed_does_not_leave(tmp_path, bound, leaves_it):
+    leaves = LEAVES.model_copy(update={"norm": bound})  # the honest answer is 43 ones: 6.557
+    if leaves_it:
+        assert admitted(tmp_path, written(tmp_path), leaves=leaves).report.rows == 200
+    else:
+        dropped(tmp_path, written(tmp_path), "norm", leaves=leaves)
+
+
 # --- metrics ---
+
+
+@pytest.mark.parametrize("value", [-0.1, 1.0001, 734.0])
+def test_a_metric_out_of_its_range_does_not_leave(tmp_path, value):
+    dropped(tmp_path, written(tmp_path, metrics={"auroc": value}), "metrics")
+
+
+def test_a_metric_that_was_not_agreed_does_not_leave(tmp_path):
+    leaves = LEAVES.model_copy(update={"metrics": ("loss",)})
+    dropped(tmp_path, written(tmp_path, metrics={"auroc": 0.5}), "metrics", leaves=leaves)
+
+
+def test_a_metric_leaves_with_four_digits_at_most(tmp_path):
+    """A row could be encoded in the digits of a metric."""
+    given = {"auroc": 0.123456789, "loss": 1234.987654321, "rmse": 1e300}
+    report = admitted(tmp_path, written(tmp_path, metrics=given)).report
+    assert report.metrics == {"auroc": 0.1235, "loss": 1234.9877, "rmse": None}
 
 
 @pytest.mark.parametrize(
@@ -230,7 +279,7 @@ def lines(egress):
 
 def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
     stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), log(tmp_path)
-    assert airlock.release(fleet, ENVELOPE, stored.report, stored.payload, egress) == 1234
+    assert airlock.release(fleet, ENVELOPE, stored, egress) == 1234
     ((envelope, content, seconds),) = fleet.sent
     assert (envelope, seconds) == (ENVELOPE, 1.2) and wire.unpacked(content)[1] == stored.payload
     assert Report.model_validate_json(content["head"]["json"]) == stored.report
@@ -238,7 +287,9 @@ def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
     assert line.pop("time").endswith("Z")
     size = len(stored.payload) + len(content["head"]["json"])
     assert line == {"run": "r", "round": 3, "bytes": size, "sha256": stored.report.summand_sha256, "epsilon": 1.5,
-                    "metrics": ["auroc", "loss"], "baseline": ["auroc", "loss"]}  # fmt: skip
+                    "metrics": ["auroc", "loss"], "baseline": ["auroc", "loss"], "rows": 200,
+                    "tensors": {name: list(x.shape) for name, x in honest().items()},
+                    "norm": round(sum(x.numel() for x in honest().values()) ** 0.5, 6)}  # fmt: skip
 
 
 def test_what_may_have_left_is_written_down_even_if_sending_fails(tmp_path):
@@ -248,21 +299,35 @@ def test_what_may_have_left_is_written_down_even_if_sending_fails(tmp_path):
 
     stored, egress = admitted(tmp_path, written(tmp_path)), log(tmp_path)
     with pytest.raises(ConnectionFailed):
-        airlock.release(Broken(), ENVELOPE, stored.report, stored.payload, egress)
+        airlock.release(Broken(), ENVELOPE, stored, egress)
     assert [line["sha256"] for line in lines(egress)] == [stored.report.summand_sha256]
 
 
 def test_every_release_is_a_line_of_its_own(tmp_path):
     stored, egress = admitted(tmp_path, written(tmp_path)), log(tmp_path)
     for _ in range(3):
-        airlock.release(Sending(), ENVELOPE, stored.report, stored.payload, egress)
+        airlock.release(Sending(), ENVELOPE, stored, egress)
     airlock.decline(Sending(), ENVELOPE, "budget", egress)
     assert [line.get("refused") for line in lines(egress)] == [None, None, None, "budget"]
 
 
-@pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("not_finite", "not_finite"), ("x" * 100, "x" * 40),
-    ("Jane Doe, 12.3.1960; /data/é患者.csv", "JaneDoe1231960datacsv"), ("", "")])  # fmt: skip
-def test_a_refusal_is_a_code_word_of_safe_characters(tmp_path, code, word):
+def test_the_vocabulary_holds_every_word_that_a_site_refuses_with():
+    """A word that is missing would reach the operator as "failed", and nobody would know why."""
+    kernel = ["policy", "proposal", "leaving", "config", "contract", "errors", "wire", "privacy/accounting"]
+    package = Path(airlock.__file__).resolve().parents[1]
+    files = [*(package / "client").glob("*.py"), *(package / "fedtailor" / f"{name}.py" for name in kernel)]
+    files += [package / f"{name}.py" for name in kernel]
+    texts = "".join(path.read_text() for path in files if path.exists())
+    found = set(re.findall(r'(?<!\w)code ?= ?"([a-z-]+)"', texts))
+    found |= set(re.findall(r'_(?:rule|among|most|least)\(\s*"([a-z-]+)"', texts))
+    own = {"officer", "extra", "withdraw"}  # for this site's own people, who are not told by the airlock
+    assert len(found) > 40 and found - own <= airlock.WORDS
+    assert {f"airlock-{word}" for word in airlock.ANSWER} <= airlock.WORDS
+
+
+@pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("budget", "budget"), ("x" * 100, "failed"),
+    ("JaneDoe12031960", "failed"), ("Jane Doe, 12.3.1960; /data/é患者.csv", "failed"), ("", "failed")])  # fmt: skip
+def test_a_refusal_is_a_word_of_the_vocabulary(tmp_path, code, word):
     fleet, egress = Sending(), log(tmp_path)
     airlock.decline(fleet, ENVELOPE, code, egress)
     assert fleet.sent == [(ENVELOPE, word, 0.0)] and lines(egress)[0]["refused"] == word

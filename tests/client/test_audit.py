@@ -1,6 +1,7 @@
 """The audit log: who did what, in words and hashes; and it knows when another log was put back."""
 
 import json
+from hashlib import sha256
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -12,7 +13,7 @@ from fedtailor.client.audit import Audit, heads, person
 from fedtailor.client.chain import Chain, rows
 from fedtailor.client.ledger import Cap, Charge, Ledger
 from fedtailor.client.signing import Signer, load_signer
-from fedtailor.errors import ConfigError, StoreError
+from fedtailor.errors import ConfigError, RefusedError, StoreError
 
 SIGNER = Signer(ec.derive_private_key(20260101, ec.SECP384R1()))
 WORK = {"account": "heart", "fingerprint": "f0", "study": "s", "charge": Charge(1.0, 0.032, 20), "cap": Cap(3.0, 1e-5)}
@@ -61,8 +62,28 @@ def test_only_a_change_is_noted_also_after_a_restart(audit):
 @pytest.mark.parametrize("sent,name", [("alice", "alice"), ("DOMAIN\\bob", "DOMAINbob"), ("a b\n", "ab"), ("", "unknown"),
                                        ("é", "unknown"), (None, "None"), ("x" * 100, "x" * 64)])  # fmt: skip
 def test_a_persons_name_is_a_word(audit, sent, name):
-    assert person({"person": sent}) == f"person:{name}" and person({}) == "person:unknown"
-    audit.note(person({"person": sent}), "asked")
+    assert person({"who": sent}) == f"person:{name}" and person({}) == "person:unknown"
+    audit.note(person({"who": sent}), "asked")
+
+
+def test_what_people_decide_is_noted_and_what_they_read_is_not(audit):
+    def approve(request):
+        if request["plan"] == "bad":
+            raise RefusedError("no", code="budget")
+        return {"run": "heart-1", "hash": "a" * 64, "state": "approved", "sites": ["a text, at length"]}
+
+    methods = audit.attend({"Approve": approve, "Status": lambda _: {"run": "r"}})
+    assert methods["Status"]({"who": "alice"}) == {"run": "r"} and said(audit) == []
+    assert methods["Approve"]({"who": "alice", "plan": "a"})["state"] == "approved"
+    with pytest.raises(RefusedError):
+        methods["Approve"]({"who": "bob", "plan": "bad"})
+    methods["Approve"]({"who": "carol", "plan": "a", "officer": "key", "signature": "s"})
+    assert said(audit) == [
+        {"who": "person:alice", "what": "approved", "run": "heart-1", "plan": "a" * 64, "state": "approved"},
+        {"who": "person:bob", "what": "approved", "refused": "budget"},
+        {"who": f"officer:{sha256(b'key').hexdigest()[:32]}", "what": "approved", "run": "heart-1", "plan": "a" * 64,
+         "state": "approved"},
+    ]  # fmt: skip
 
 
 class Site:

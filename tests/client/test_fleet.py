@@ -109,7 +109,7 @@ def test_every_name_of_flower_that_is_used_exists():
 def test_a_message_is_received_confirmed_and_answered(fleet, link):
     assert link.nodes()["a"].online and fleet.receive() is None
     run, task = link.open_run()
-    (question,) = link.push(run, wire.record(Head(text="visit"), b"cast" * 50_000), [fleet.node.node_id], 60.0).values()
+    (question,) = link.push(run, {fleet.node.node_id: wire.record(Head(text="visit"), b"cast" * 50_000)}, 60.0).values()
     envelope, root = fleet.receive()
     assert root == envelope.message_id == question and envelope.flower_run == run and envelope.ttl == 60.0
     assert envelope.expires == envelope.received_at + 60.0
@@ -132,7 +132,7 @@ def test_a_message_is_received_confirmed_and_answered(fleet, link):
 
 def test_a_refusal_carries_its_code_word_only(fleet, link):
     run, _ = link.open_run()
-    (question,) = link.push(run, wire.record(Head(text="visit"), b""), [fleet.node.node_id], 60.0).values()
+    (question,) = link.push(run, {fleet.node.node_id: wire.record(Head(text="visit"), b"")}, 60.0).values()
     envelope, _ = fleet.receive()
     assert fleet.answer(envelope, "budget", 0.0) > 0
     (reply,) = link.replies(run, {question})
@@ -141,7 +141,7 @@ def test_a_refusal_carries_its_code_word_only(fleet, link):
 
 def test_an_answer_that_nobody_waits_for_is_closed(fleet, link):
     run, task = link.open_run()
-    link.push(run, wire.record(Head(text="visit"), b""), [fleet.node.node_id], 60.0)
+    link.push(run, {fleet.node.node_id: wire.record(Head(text="visit"), b"")}, 60.0)
     envelope, root = fleet.receive()
     link.close_run(run, task)
     with pytest.raises(Closed):
@@ -153,7 +153,7 @@ def test_an_answer_that_nobody_waits_for_is_closed(fleet, link):
 
 def test_an_answer_may_be_sent_again_after_the_connection_failed_in_it(fleet, link):
     run, _ = link.open_run()
-    (question,) = link.push(run, wire.record(Head(text="visit"), b""), [fleet.node.node_id], 60.0).values()
+    (question,) = link.push(run, {fleet.node.node_id: wire.record(Head(text="visit"), b"")}, 60.0).values()
     envelope, _ = fleet.receive()
     content = wire.record(Head(text="report"), b"x" * 100_000)
     for failure in (503, httpx.ReadTimeout("slow")):

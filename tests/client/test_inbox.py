@@ -15,6 +15,7 @@ from fedtailor.client.fleet import Envelope
 from fedtailor.wire import Report, Visit
 
 ENVELOPE = Envelope(flower_run=7, message_id="ab" * 32, created_at=1000.25, ttl=60.0, received_at=2000.5)
+LISTED = {"norm": 1.5}
 VISIT = Visit(run="r", round=5, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)
 REPORT = Report(
     run="r", round=5, rows=20, train_rows=10, metrics={"auroc": 0.5}, summand_sha256="1" * 64, salt="2" * 64
@@ -166,26 +167,36 @@ def test_a_message_id_cannot_lead_out_of_the_inbox(tmp_path, box, message_id):
 # --- the outbox ---
 
 
-def test_a_key_changes_with_every_field_of_a_visit():
+def test_a_key_changes_with_everything_that_is_asked():
     other = {"run": "s", "round": 6, "train": False, "evaluate": False, "baseline": True, "plan": "[]", "cast_sha256": "1" * 64}  # fmt: skip
-    assert set(other) | {"protocol"} == set(Visit.model_fields)
+    shown = {
+        "proposal",
+        "seal",
+        "before",
+        "witnesses",
+        "receipt",
+        "receipt_seal",
+        "head",
+    }  # what allows it, not what it is
+    assert set(other) | shown | {"protocol"} == set(Visit.model_fields)
     keys = {inbox.key_of(VISIT.model_copy(update={field: value})) for field, value in other.items()}
     assert len(keys | {inbox.key_of(VISIT)}) == len(other) + 1
     assert inbox.key_of(VISIT.model_copy()) == inbox.key_of(VISIT)
+    assert {inbox.key_of(VISIT.model_copy(update={field: "x"})) for field in shown} == {inbox.key_of(VISIT)}
 
 
 def test_an_answer_is_found_for_its_visit_only(tmp_path):
     assert inbox.stored(tmp_path, VISIT) is None
-    inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 3)
-    assert inbox.stored(tmp_path, VISIT) == (REPORT, b"payload", 3)
+    inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 3, LISTED)
+    assert inbox.stored(tmp_path, VISIT) == (REPORT, b"payload", 3, LISTED)
     assert inbox.stored(tmp_path, VISIT.model_copy(update={"round": 6})) is None
     assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_second_answer_to_a_visit_does_not_replace_the_first(tmp_path):
-    inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 3)
-    inbox.commit(tmp_path, drafted(tmp_path, b"other"), VISIT, REPORT, 4)
-    assert inbox.stored(tmp_path, VISIT) == (REPORT, b"payload", 3)
+    inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 3, LISTED)
+    inbox.commit(tmp_path, drafted(tmp_path, b"other"), VISIT, REPORT, 4, LISTED)
+    assert inbox.stored(tmp_path, VISIT) == (REPORT, b"payload", 3, LISTED)
     inbox.clear_drafts(tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -194,11 +205,11 @@ def test_a_kill_between_any_two_steps_leaves_all_of_an_answer_or_none(tmp_path):
     seen = set()
     for line in itertools.count():
         work = drafted(tmp_path)
-        killed = killed_at(line, lambda work=work: inbox.commit(tmp_path, work, VISIT, REPORT, 3), inbox, store)
+        killed = killed_at(line, lambda work=work: inbox.commit(tmp_path, work, VISIT, REPORT, 3, LISTED), inbox, store)
         inbox.clear_drafts(tmp_path)
         found = inbox.stored(tmp_path, VISIT)
         seen.add(found is None)
-        assert found in (None, (REPORT, b"payload", 3))
+        assert found in (None, (REPORT, b"payload", 3, LISTED))
         if not killed:
             break
         for folder in tmp_path.iterdir():
@@ -209,7 +220,7 @@ def test_a_kill_between_any_two_steps_leaves_all_of_an_answer_or_none(tmp_path):
 def test_answers_of_the_last_round_are_kept_and_those_before_forgotten(tmp_path):
     for run, round in itertools.product(("r", "s"), range(3, 7)):
         visit = VISIT.model_copy(update={"run": run, "round": round})
-        inbox.commit(tmp_path, drafted(tmp_path), visit, REPORT, None)
+        inbox.commit(tmp_path, drafted(tmp_path), visit, REPORT, None, LISTED)
     (tmp_path / "note.txt").write_text("")
     inbox.tidy(tmp_path, VISIT)  # round 5 of run r
     kept = {
@@ -223,7 +234,7 @@ def test_answers_of_the_last_round_are_kept_and_those_before_forgotten(tmp_path)
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"run": "r"}'])
 def test_a_damaged_answer_is_not_sent_and_its_work_is_done_anew(tmp_path, text):
-    folder = inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 1)
+    folder = inbox.commit(tmp_path, drafted(tmp_path), VISIT, REPORT, 1, LISTED)
     (folder / "visit.json").write_text(text)
     assert inbox.stored(tmp_path, VISIT) is None and not folder.exists()
 

@@ -125,7 +125,7 @@ def test_a_kit_becomes_a_site(kit):
     assert (config.policy.epsilon, config.policy.delta, config.policy.studies) == (3.0, 1e-5, ("heart",))
     assert not config.policy.without_privacy
     assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in (it.folder / "keys").iterdir()} == {
-        "ca.pem": 0o600, "site.pem": 0o600, "site.key": 0o600}  # fmt: skip
+        "ca.pem": 0o600, "plans.pub": 0o600, "site.pem": 0o600, "site.key": 0o600}  # fmt: skip
     assert pki.load_key(it.folder / "keys" / "site.key")
 
 

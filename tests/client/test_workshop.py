@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import fedtailor
 from fedtailor.client.site import SiteConfig
 from fedtailor.client.workshop import WorkerDied, WorkerStopped, Workshop
 from fedtailor.config import load
@@ -62,6 +63,7 @@ def data(shop):
     """The table, given back after the test."""
     path = shop.config.data.path
     whole = path.read_bytes()
+    describe(shop)  # by the process that this very file was given to
     yield path
     path.unlink(missing_ok=True)
     path.write_bytes(whole)
@@ -112,11 +114,23 @@ def test_data_that_break_the_contract_are_an_error_and_the_process_lives(shop, d
     with pytest.raises(FedtailorError, match="cannot read") as error:
         describe(shop)
     assert error.value.code == ContractError.code
+    assert shop.pid == pid
     data.write_text(whole)
-    assert describe(shop)["rows"] == 60 and shop.pid == pid
+    assert describe(shop)["rows"] == 60
+
+
+def test_data_that_were_replaced_are_read_by_a_new_process(shop, data):
+    """The kernel lets a process read the file that lay there when it started, not another under its name."""
+    pid, draft = shop.pid, data.with_name("draft.csv")
+    data.write_text(data.read_text())
+    assert describe(shop)["rows"] == 60 and shop.pid == pid, "the same file, written again"
+    draft.write_text("".join(data.read_text().splitlines(keepends=True)[:41]))
+    draft.replace(data)
+    assert describe(shop)["rows"] == 40 and shop.pid != pid
 
 
 def test_a_bug_is_an_error_and_the_process_lives(shop):
+    describe(shop)
     pid = shop.pid
     with pytest.raises(FedtailorError, match="KeyError") as error:
         shop.ask(op="no such operation")
@@ -152,14 +166,34 @@ def test_the_path_of_the_key_is_not_told_to_it(shop):
     assert keys not in Path(f"/proc/{shop.pid}/environ").read_bytes()
 
 
+def test_nothing_is_imported_from_the_folder_that_the_daemon_was_started_in(shop, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "socket.py").write_text("raise SystemExit(3)")
+    arguments = {"env": shop._environment(), "stdin": subprocess.DEVNULL, "check": False}
+    command = shop._command()
+    assert subprocess.run(command, **arguments).returncode == 0
+    assert subprocess.run([part for part in command if part != "-P"], **arguments).returncode == 3
+
+
+def test_it_runs_the_code_that_the_daemon_runs(shop, monkeypatch):
+    """Also where that is a checkout in which the daemon was started, while another one is installed."""
+    root = Path(fedtailor.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", "/elsewhere")
+    monkeypatch.chdir("/")
+    assert shop._environment()["PYTHONPATH"] == "/elsewhere"
+    monkeypatch.chdir(root)
+    assert shop._environment()["PYTHONPATH"] == f"{root}{os.pathsep}/elsewhere"
+
+
 # --- its death ---
 
 
 def test_a_process_that_was_killed_before_a_request_is_started_again(shop):
     before, known = shop.pid, describe(shop)
+    (shop.scratch / "left").write_text("half of something")
     os.kill(before, signal.SIGKILL)
     assert describe(shop) == known and shop.pid not in (None, before)
-    assert not Path(f"/proc/{before}").exists()
+    assert not Path(f"/proc/{before}").exists() and not (shop.scratch / "left").exists()
 
 
 def test_a_request_whose_process_is_killed_in_it_is_asked_again(shop, data):

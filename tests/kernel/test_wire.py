@@ -17,8 +17,8 @@ from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_conte
 from pydantic import BaseModel
 from safetensors.torch import save
 
+from fedtailor import leaving, tree, wire
 from fedtailor import recipe as recipes
-from fedtailor import tree, wire
 from fedtailor.client.work import perform
 from fedtailor.config import build, choices, load
 from fedtailor.datasets import heart_disease
@@ -218,15 +218,15 @@ BAD = {
 
 
 def test_what_was_agreed_passes():
-    wire.check(GOOD, SPEC)
-    assert wire.spec_of(tree.unflatten(GOOD)) == SPEC
-    assert len(save(GOOD)) <= wire.size_limit(SPEC) < 32 + 4096 + 512 * 2 + 1
+    leaving.check(GOOD, SPEC)
+    assert leaving.spec_of(tree.unflatten(GOOD)) == SPEC
+    assert len(save(GOOD)) <= leaving.size_limit(SPEC) < 32 + 4096 + 512 * 2 + 1
 
 
 @pytest.mark.parametrize("code,flat", [(code, flat) for code, flats in BAD.items() for flat in flats])
 def test_what_was_not_agreed_is_named_by_its_code(code, flat):
     with pytest.raises(WireError, match="missing" if code == "keys" else "^a/[wn] ") as error:
-        wire.check(flat, SPEC)
+        leaving.check(flat, SPEC)
     assert error.value.code == code
 
 
@@ -258,7 +258,7 @@ def test_a_summand_is_what_local_training_really_reports(va, name, privacy):
     visit = Visit(run="r", round=0, train=True, evaluate=False, baseline=False, plan=plan.canonical(), cast_sha256=DIGEST)  # fmt: skip
     cast = strategy.broadcast(strategy.init(start))
     work = perform(visit, cast, va, {}, site="va", key=bytes(32))
-    like = wire.summand(plan, strategy, start)
-    assert wire.spec_of(like) == wire.spec_of(work.summand)
-    assert len(save({k: v.contiguous() for k, v in tree.flatten(work.summand).items()})) <= wire.size_limit(wire.spec_of(like))  # fmt: skip
+    like = leaving.summand(plan, strategy, start)
+    assert leaving.spec_of(like) == leaving.spec_of(work.summand)
+    assert len(save({k: v.contiguous() for k, v in tree.flatten(work.summand).items()})) <= leaving.size_limit(leaving.spec_of(like))  # fmt: skip
     assert all(x.untyped_storage().nbytes() <= 8 for x in tree.leaves(like))  # shapes only

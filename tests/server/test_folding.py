@@ -10,12 +10,14 @@ from safetensors.torch import save
 from fedtailor import strategies, tree, wire
 from fedtailor.config import load
 from fedtailor.errors import ConfigError
+from fedtailor.leaving import Leaving, Tensor
 from fedtailor.server.rounds import Answer, advance, close_round
 from fedtailor.wire import Report, Visit
 
 VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)
 SUMMAND = {"delta/w": torch.tensor([1.0, 2.0]), "weight": torch.tensor(10.0)}
-SPEC = {name: (x.dtype, tuple(x.shape)) for name, x in SUMMAND.items()}
+TENSORS = [Tensor(name="delta/w", dtype="float32", shape=(2,)), Tensor(name="weight", dtype="float32", shape=())]
+LEAVES = Leaving(tensors=TENSORS, metrics=("loss",), norm=100.0, bytes=10_000)
 
 
 def report(**changed):
@@ -35,7 +37,7 @@ def stream(tmp_path, *given):
 
 def folded(tmp_path, *given, strategy=None, visit=VISIT):
     told = []
-    closed = close_round(strategy or strategies.fedavg(), visit, SPEC, stream(tmp_path, *given), told.append)
+    closed = close_round(strategy or strategies.fedavg(), visit, LEAVES, stream(tmp_path, *given), told.append)
     assert [a.site for a in told] == [site for site, _, _ in given] and not list(tmp_path.iterdir())
     assert {a.site: a.code for a in told if a.code} == closed.dropped
     return closed
@@ -60,6 +62,7 @@ BAD = {
     "dtype": (SUMMAND | {"weight": torch.tensor(1)}, {}),
     "shape": (SUMMAND | {"delta/w": torch.ones(1, 2)}, {}),
     "nonfinite": (SUMMAND | {"delta/w": torch.tensor([1.0, float("nan")])}, {}),
+    "norm": (SUMMAND | {"delta/w": torch.tensor([1.0, 100.0])}, {}),
 }
 
 

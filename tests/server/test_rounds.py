@@ -12,7 +12,7 @@ from flwr.app.metadata import Metadata
 from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from safetensors.torch import save
 
-from fedtailor import wire
+from fedtailor import leaving, wire
 from fedtailor.errors import WireError
 from fedtailor.server import rounds
 from fedtailor.server.rounds import answers
@@ -21,7 +21,7 @@ from fedtailor.wire import Report
 
 SUMMAND = {"delta/w": torch.tensor([1.0, 2.0]), "weight": torch.tensor(10.0)}
 SPEC = {name: (x.dtype, tuple(x.shape)) for name, x in SUMMAND.items()}
-LIMIT = wire.size_limit(SPEC)
+LIMIT = leaving.size_limit(SPEC)
 
 
 def report(**changed):

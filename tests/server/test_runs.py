@@ -33,7 +33,7 @@ PROGRESS = Progress(
 
 @pytest.fixture
 def run(tmp_path):
-    return Run.create(tmp_path / "studies", PLAN, "study: heart\n")
+    return Run.create(tmp_path / "studies", PLAN, "study: heart\n", str)
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +48,18 @@ def made(tmp_path_factory):
 # --- a run's folder ---
 
 
-def test_a_new_run_is_queued_with_its_plan(run):
+def test_a_new_run_is_proposed_with_its_plan(run):
     assert run.plan() == PLAN and run.plan().digest() == PLAN.digest()
-    assert run.status() == (run.name, "heart", "queued", 0, 3, "") and not run.ended()
+    assert run.status() == (run.name, "heart", "proposed", 0, 3, "") and not run.ended()
     assert (run.folder / "config.yaml").read_text() == "study: heart\n"
-    assert run.load(PLAN.digest()) is None
+    assert run.load(PLAN.digest()) is None and not run.agreed()
+    run.agree()
+    assert run.agreed() and run.status().status == "queued"
 
 
 def test_runs_of_one_plan_in_one_second_have_names_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr("time.strftime", lambda *_: "20260101-000000")
-    names = [Run.create(tmp_path, PLAN, "").name for _ in range(4)]
+    names = [Run.create(tmp_path, PLAN, "", str).name for _ in range(4)]
     stem = f"heart-20260101-000000-{PLAN.digest()[:4]}"
     assert names == [stem, f"{stem}-1", f"{stem}-2", f"{stem}-3"]
 
@@ -194,7 +196,7 @@ def test_a_home_is_made_once_and_its_ca_is_never_replaced(made):
 
 def test_a_site_is_admitted_once_with_a_kit(made):
     kit = made.kits / "a"
-    assert {p.name for p in kit.iterdir()} == {"kit.yaml", "site.key", "site.pem", "ca.pem"}
+    assert {p.name for p in kit.iterdir()} == {"kit.yaml", "site.key", "site.pem", "ca.pem", "plans.pub"}
     assert yaml.safe_load((kit / "kit.yaml").read_text()) == {"site": "a", "server": "hub.example:1234"}
     assert made.admitted() == {"a": (kit / "site.pem").read_text()}
     key = (kit / "site.key").read_bytes()

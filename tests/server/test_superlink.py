@@ -74,7 +74,7 @@ def reply(link, run, node, question, content, upload=True):
 
 
 def push(link, run, nodes, payload=b"cast" * SMALL):
-    sent = link.push(run, wire.record(Head(text="visit"), payload), nodes, 60.0)
+    sent = link.push(run, dict.fromkeys(nodes, wire.record(Head(text="visit"), payload)), 60.0)
     link.asked_at = link.state.get_message_ins(nodes[0], 1)[0].metadata.created_at  # nodes[0] has pulled its message
     return sent
 
@@ -188,7 +188,7 @@ def test_closing_a_run_deletes_everything_of_it(link, nodes):
     assert len(link.store) == spilled(link) == link.state.num_message_ins() == 0
     assert [info.run_id for info in link.state.get_run_info(statuses=["running"])] == []
     with pytest.raises(WireError) as error:
-        link.push(run, wire.record(Head(), b""), nodes, 60.0)
+        link.push(run, dict.fromkeys(nodes, wire.record(Head(), b"")), 60.0)
     assert error.value.code == "push"
 
 

@@ -1,0 +1,129 @@
+"""What a site's people may ask of their daemon, and decide: the methods behind ``fedtailor client …``."""
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from fedtailor import control, inspection
+from fedtailor.client import inbox
+from fedtailor.client.chain import rows
+from fedtailor.client.ledger import Ledger
+from fedtailor.client.plans import Approval, Known, Plans, as_row
+from fedtailor.client.site import Home, SiteConfig
+from fedtailor.client.statement import statement
+from fedtailor.client.workshop import Workshop
+from fedtailor.errors import RefusedError
+from fedtailor.policy import Case, refuse, verdict
+
+Asked = dict[str, Any]
+
+
+class Desk:
+    """The answers. ``state`` is what the daemon knows of itself; ``wake`` has it look at its inbox."""
+
+    def __init__(
+        self,
+        config: SiteConfig,
+        home: Home,
+        plans: Plans,
+        ledger: Ledger,
+        workshop: Workshop,
+        state: Asked,
+        wake: Callable[[], None],
+    ) -> None:
+        self.config, self.home, self.plans, self.ledger, self.workshop = config, home, plans, ledger, workshop
+        self.state, self.wake = state, wake
+
+    def methods(self) -> dict[str, control.Method]:
+        """By the names under which the control socket offers them."""
+        return {"Status": self.status, "Ledger": self.statement, "Egress": self.egress, "Plans": self.list,
+                "Plan": self.show, "Approve": self.approve, "Refuse": self.refuse, "Held": self.held,
+                "Release": self.release, "Receipts": self.receipts}  # fmt: skip
+
+    def status(self, _: Asked) -> Asked:
+        """Study, round, budget, bytes."""
+        policy, data = self.config.policy, self.state.get("data")
+        spent = self.ledger.spent(
+            account=self.config.data.name, fingerprint=data["fingerprint"] if data else "", delta=policy.delta
+        )
+        left = max(policy.epsilon - spent, 0.0)
+        budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
+        waiting = sum(self.plans.stands(known, policy) == "pending" for known in self.plans.all())
+        return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
+                             "waiting": waiting, "worker_pid": self.workshop.pid,
+                             "confinement": self.workshop.found()}  # fmt: skip
+
+    def statement(self, _: Asked) -> Asked:
+        """What each data set has spent, on which runs, and what is left; and every charge."""
+        fingerprint = (self.state.get("data") or {}).get("fingerprint", "")
+        return statement(self.ledger, self.config.data.name, fingerprint, self.config.policy)
+
+    def egress(self, _: Asked) -> Asked:
+        """Everything that has left."""
+        return {"rows": rows(self.home.state / "egress.jsonl")}
+
+    def list(self, _: Asked) -> Asked:
+        """Every study that was proposed."""
+        policy = self.config.policy
+        return {"rows": [as_row(known, self.plans.stands(known, policy)) for known in self.plans.all()]}
+
+    def show(self, request: Asked) -> Asked:
+        """One study in plain words: what it asks, what it costs, and each rule of the policy."""
+        return self._shown(self.plans.find(str(request["plan"])))
+
+    def _shown(self, known: Known) -> Asked:
+        policy, proposal = self.config.policy, known.proposal
+        data = self.state.get("data")
+        charges = self.ledger.charges(self.config.data.name, data["fingerprint"] if data else "", without=proposal.run)
+        rules = verdict(policy, proposal.plan, Case(self.config.site, charges, proposal.leaves.bytes))
+        return inspection.document(proposal, rules) | {
+            "state": self.plans.stands(known, policy),
+            "decided": known.standing.who,
+            "stopped_by": known.standing.code,
+            "approvals": len(known.standing.approvals),
+            "needed": policy.officers_needed if policy.officers else None,
+        }
+
+    def approve(self, request: Asked) -> Asked:
+        """Let a study run, by a person's word or an officer's signature.
+
+        Raises:
+            RefusedError: if the policy's other rules refuse it, or it takes officers to approve.
+        """
+        known, policy = self.plans.find(str(request["plan"])), self.config.policy
+        shown = self._shown(known)
+        refuse(inspection.rules(shown))
+        if request.get("signature"):
+            approval = Approval(officer=str(request["officer"]), signature=str(request["signature"]))
+            known = self.plans.countersign(known, approval, policy)
+        elif policy.officers:
+            raise RefusedError(
+                f"this site's policy takes {policy.officers_needed} officers' signatures: "
+                "fedtailor client approve PLAN --key officer.key",
+                code="officer",
+            )
+        else:
+            known = self.plans.decide(known, "approved", str(request["who"]))
+        self.wake()
+        return self._shown(known)
+
+    def refuse(self, request: Asked) -> Asked:
+        """Say no to a study; what runs of it stops with the next visit."""
+        known = self.plans.decide(self.plans.find(str(request["plan"])), "refused", str(request["who"]))
+        return self._shown(known)
+
+    def held(self, _: Asked) -> Asked:
+        """Answers that wait for a person's release."""
+        return {"rows": inbox.held(self.home.outbox)}
+
+    def release(self, request: Asked) -> Asked:
+        """Let one answer leave."""
+        row = inbox.release(self.home.outbox, str(request["answer"]))
+        self.wake()
+        return row
+
+    def receipts(self, request: Asked) -> Asked:
+        """What shows that this site is in a run's model."""
+        known = self.plans.find(str(request["plan"]))
+        files = sorted((known.folder / "receipts").glob("*.json"))
+        return {"run": known.proposal.run, "receipts": [json.loads(path.read_text()) for path in files]}

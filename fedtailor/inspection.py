@@ -1,0 +1,77 @@
+"""A proposal for people: what it asks, what it costs, what leaves, and which of the site's rules stands against what."""
+
+import time
+from typing import Any
+
+from fedtailor.leaving import METRIC_DIGITS
+from fedtailor.policy import Rule
+from fedtailor.proposal import Proposal
+
+
+def document(proposal: Proposal, rules: list[Rule]) -> dict[str, Any]:
+    """The proposal and a policy's verdict on it, as plain values."""
+    plan, leaves = proposal.plan, proposal.leaves
+    privacy = plan.privacy
+    return {
+        "hash": proposal.digest(),
+        "run": proposal.run,
+        "study": plan.study,
+        "recipe": plan.recipe.model_dump(by_alias=True),
+        "strategy": plan.strategy.model_dump(by_alias=True),
+        "sites": list(plan.sites),
+        "quorum": plan.quorum,
+        "rounds": plan.rounds,
+        "steps": plan.local.steps,
+        "privacy": privacy.model_dump() if privacy else None,
+        "leaves": {
+            "tensors": [one.model_dump() for one in leaves.tensors],
+            "metrics": list(leaves.metrics),
+            "norm": leaves.norm,
+            "bytes": leaves.bytes,
+            "bits": leaves.bits(),
+        },
+        "code": proposal.code,
+        "created": proposal.created,
+        "expires": proposal.expires,
+        "rules": [rule._asdict() for rule in rules],
+    }
+
+
+def rules(shown: dict[str, Any]) -> list[Rule]:
+    """The verdict in a document."""
+    return [Rule(**rule) for rule in shown["rules"]]
+
+
+def sentences(shown: dict[str, Any]) -> list[str]:
+    """A document in plain words."""
+    privacy, leaves = shown["privacy"], shown["leaves"]
+    others = ", ".join(shown["sites"])
+    lines = [
+        f"Study {shown['study']!r} (run {shown['run']}), proposed for {others}.",
+        f"{shown['rounds']} rounds of {shown['steps']} training steps each; a round counts with {shown['quorum']} sites.",
+        f"It trains {_factory(shown['recipe'])} and aggregates by {_factory(shown['strategy'])}.",
+    ]
+    if privacy is None:
+        lines.append("WITHOUT differential privacy: what leaves may reveal single records.")
+    else:
+        lines.append(
+            f"Record-level differential privacy: epsilon at most {privacy['epsilon']:g} for the whole study at delta "
+            f"{privacy['delta']:g} (PLD), noise multiplier {privacy['noise_multiplier']:.4g}, clip {privacy['clip']:g}."
+        )
+    names = ", ".join(f"{one['name']} {one['shape']}" for one in leaves["tensors"][:6])
+    more = f" and {len(leaves['tensors']) - 6} more" if len(leaves["tensors"]) > 6 else ""
+    norm = f"an L2 norm of at most {leaves['norm']:g}" if leaves["norm"] else "no bound on their norm"
+    lines += [
+        f"Each round these tensors leave, with {norm}, in at most {leaves['bytes']:,} bytes: {names}{more}.",
+        f"If whoever trains were free to choose them, they could carry {leaves['bits']:,} bits a round; the noise of "
+        "differential privacy is what limits what they say of a record.",
+        f"Metrics that may leave, rounded to {METRIC_DIGITS} digits and not private: {', '.join(leaves['metrics'])}; "
+        "beside them row counts and seconds of work.",
+        f"It may start until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(shown['expires']))}.",
+    ]
+    return lines
+
+
+def _factory(spec: dict[str, Any]) -> str:
+    arguments = ", ".join(f"{key}={value}" for key, value in spec.items() if key != "_target_")
+    return f"{spec['_target_'].rpartition('.')[2]}({arguments})"

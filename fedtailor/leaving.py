@@ -1,0 +1,141 @@
+"""What may leave a site in one answer: tensors by name, dtype and shape, their norm and bytes, and metrics by name.
+
+It follows from a plan without making the model. Both ends compare an answer with it.
+"""
+
+import math
+from functools import lru_cache
+
+import torch
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+
+from fedtailor import recipe as recipes
+from fedtailor import tree
+from fedtailor.config import build
+from fedtailor.errors import WireError
+from fedtailor.recipe import Metrics, Recipe
+from fedtailor.strategy import PIECE, Local, Strategy
+from fedtailor.study import Frozen, Plan
+from fedtailor.tree import Tree, finite, map
+
+GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
+SHARES = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "c_index")  # from 0 to 1
+METRIC_DIGITS = 4  # of what a site measures; a metric then carries at most 14 bits
+METRICS = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "loss", "c_index", "mae", "rmse")
+Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a tensor -> dtype and shape
+
+
+class Tensor(Frozen):
+    """One tensor of an answer."""
+
+    name: str
+    dtype: str
+    shape: tuple[NonNegativeInt, ...]
+
+
+class Leaving(Frozen):
+    """All that leaves a site in one answer, beside row counts and seconds of work."""
+
+    tensors: tuple[Tensor, ...]
+    metrics: tuple[str, ...]  # by name; each rounded to METRIC_DIGITS
+    norm: PositiveFloat | None  # the greatest L2 norm, over all tensors together; None: not bounded
+    bytes: PositiveInt  # of the tensors' file
+
+    def spec(self) -> Spec:
+        """The tensors as they are compared."""
+        return {one.name: (getattr(torch, one.dtype), one.shape) for one in self.tensors}
+
+    def check(self, flat: dict[str, torch.Tensor], *, train: bool) -> None:
+        """Compare an answer's tensors with the list; a visit that does not train brings none.
+
+        Raises:
+            WireError: naming what is wrong; code ``norm`` where the whole is longer than agreed.
+        """
+        check(flat, self.spec() if train else {})
+        if self.norm is not None and (found := length(flat)) > self.norm * (1 + 1e-6):
+            raise WireError(f"an L2 norm of {found:.6g}; agreed is at most {self.norm:g}", code="norm")
+
+    def rounded(self, metrics: Metrics) -> Metrics:
+        """Only metrics that are listed and in their range, with few digits: little is left of a row encoded in one.
+
+        Raises:
+            WireError: code ``metrics``.
+        """
+        if unknown := metrics.keys() - set(self.metrics):
+            raise WireError(f"{len(unknown)} metrics that were not agreed", code="metrics")
+        kept: Metrics = {}
+        for name, value in metrics.items():
+            if value is not None and not 0 <= value <= (1.0 if name in SHARES else math.inf):  # NaN is in no range
+                raise WireError(f"{name} is out of its range", code="metrics")
+            kept[name] = None if value is None or value > GREATEST_METRIC else round(value, METRIC_DIGITS)
+        return kept
+
+    def bits(self) -> int:
+        """What the tensors of one answer could carry at most, if whoever trains were free to choose them."""
+        return sum(
+            torch.empty(0, dtype=dtype).element_size() * 8 * _count(shape) for dtype, shape in self.spec().values()
+        )
+
+
+@lru_cache(maxsize=16)
+def agreed(plan_text: str) -> Leaving:
+    """What a plan makes leave, worked out without making the model: a hostile plan may name one of any size."""
+    plan = Plan.parse(plan_text)
+    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    with torch.device("meta"):
+        spec = spec_of(summand(plan, strategy, recipes.shapes(recipe)))
+    tensors = [
+        Tensor(name=n, dtype=str(dtype).removeprefix("torch."), shape=s) for n, (dtype, s) in sorted(spec.items())
+    ]
+    return Leaving(tensors=tuple(tensors), metrics=METRICS, norm=plan.norm, bytes=size_limit(spec))
+
+
+def spec_of(expected: Tree) -> Spec:
+    """The names, dtypes and shapes that ``expected`` promises."""
+    return {path: (leaf.dtype, tuple(leaf.shape)) for path, leaf in tree.flatten(expected).items()}
+
+
+def summand(plan: Plan, strategy: Strategy, params: Tree) -> Tree:
+    """What every site's summand looks like: the strategy's own report of a client that did nothing."""
+    cast = strategy.broadcast(strategy.init(params))
+    one = torch.tensor(1.0)
+    local = Local(cast, strategy.remember(params), params, one, one, plan.local.lr)
+    return map(lambda x: x.new_zeros(()).expand(x.shape), strategy.report(local)[0])  # shapes only: no memory
+
+
+def check(flat: dict[str, torch.Tensor], spec: Spec) -> None:
+    """Compare a received tree with what was agreed: same keys, dtypes and shapes, every value finite.
+
+    Raises:
+        WireError: with code ``keys``, ``dtype``, ``shape`` or ``nonfinite``, naming the tensor.
+    """
+    if flat.keys() != spec.keys():
+        missing, extra = sorted(spec.keys() - flat.keys()), sorted(flat.keys() - spec.keys())
+        raise WireError(f"tensors missing: {missing[:3]}, not agreed: {extra[:3]}", code="keys")
+    for path, tensor in flat.items():
+        dtype, shape = spec[path]
+        if tensor.dtype != dtype:
+            raise WireError(f"{path} is {tensor.dtype}, agreed is {dtype}", code="dtype")
+        if tuple(tensor.shape) != shape:
+            raise WireError(f"{path} has shape {tuple(tensor.shape)}, agreed is {shape}", code="shape")
+        if not finite(tensor):
+            raise WireError(f"{path} holds a value that is not finite", code="nonfinite")
+
+
+def size_limit(spec: Spec) -> int:
+    """The most bytes that a payload of this spec may have: its tensors and a generous safetensors header."""
+    tensors = sum(torch.empty(0, dtype=dtype).element_size() * _count(shape) for dtype, shape in spec.values())
+    return tensors + 4096 + 512 * len(spec)
+
+
+def length(flat: dict[str, torch.Tensor]) -> float:
+    """The L2 norm over all tensors together, in pieces: never a second copy of a tensor."""
+    pieces = (piece for leaf in flat.values() for piece in torch.split(leaf.reshape(-1), PIECE))
+    return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))
+
+
+def _count(shape: tuple[int, ...]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

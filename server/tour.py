@@ -1,0 +1,217 @@
+"""Visits to all sites of one run: the proposal first, then a visit a round; what is asked, shown and brought back."""
+
+import hashlib
+import math
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedtailor import store, tree, wire
+from fedtailor.errors import ConfigError
+from fedtailor.events import Events
+from fedtailor.server.listener import Bell
+from fedtailor.server.record import Progress
+from fedtailor.server.rounds import Answer, Closed, answers, close_round
+from fedtailor.server.runs import Run
+from fedtailor.server.superlink import SuperLink
+from fedtailor.server.vouching import Heads, Last, Vouch, last_from, last_of
+from fedtailor.strategy import Strategy
+from fedtailor.study import Plan
+from fedtailor.tree import Tree
+from fedtailor.wire import Visit
+
+PROPOSAL_S = 10.0  # for the sites that are there to answer a proposal
+ASK_AGAIN_S = 1.0  # of those who have not decided
+NOTHING = b"".join(store.safetensors({}))  # what is cast where nothing is asked
+
+
+class Setting(NamedTuple):
+    """What a run is executed with."""
+
+    superlink: SuperLink
+    bell: Bell
+    key: Ed25519PrivateKey  # signs proposals, visits and receipts
+    heads: Heads
+    transport: dict[str, bool]
+    stop: threading.Event  # a person asked to end the study; what is learnt so far is kept
+    halt: threading.Event  # the process is ending; the run resumes when it starts again
+    watch: Callable[[dict[str, Any]], None]  # is told every event
+
+
+class Tour:
+    """Visits to all sites of one run, over one Flower run."""
+
+    def __init__(
+        self, run: Run, plan: Plan, strategy: Strategy, setting: Setting, events: Events, ear: Bell | None = None
+    ) -> None:
+        self.run, self.plan, self.strategy = run, plan, strategy
+        self.setting, self.events = setting, events
+        self.ear = ear or setting.bell  # where it hears of answers
+        signed, self.proposal = run.proposal()
+        self.vouch = Vouch(signed, self.proposal, setting.key, setting.heads)
+        self.flower_run, self.task = setting.superlink.open_run()
+        self.spool = run.folder / "spool"
+        self.spool.mkdir(exist_ok=True)
+        self.ticked = 0.0
+
+    def state(self) -> Tree:
+        """The strategy's state after the last closed round."""
+        known = self.run.load(self.plan.digest())
+        assert known is not None
+        return known[0]
+
+    def _cast(self) -> bytes:
+        return b"".join(store.safetensors(tree.flatten(self.strategy.broadcast(self.state()))))
+
+    def propose(self) -> bool:
+        """Show the signed proposal to every site, until all have answered, or a deadline after a quorum has agreed.
+
+        People decide at the sites: that may take days. What expires is the proposal. Returns whether the study may
+        begin; not if somebody ended it, or the process is ending.
+
+        Raises:
+            ConfigError: code ``quorum``, if too many sites refuse, or the proposal expires.
+        """
+        plan, agreed, refused, since = self.plan, set[str](), dict[str, str](), math.inf
+        while not (self.setting.halt.is_set() or self.run.ended()):
+            undecided = tuple(site for site in plan.sites if site not in agreed and site not in refused)
+            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None):
+                if answer.path is not None:
+                    answer.path.unlink(missing_ok=True)
+                if answer.code in ("late", "away"):
+                    continue
+                if answer.code is None:
+                    agreed.add(answer.site)
+                elif answer.code != "pending":
+                    refused[answer.site] = answer.code
+                self.events.emit("proposal", run=self.run.name, site=answer.site, code=answer.code)
+            left = len(plan.sites) - len(agreed) - len(refused)
+            enough = len(agreed) >= plan.quorum
+            since = min(since, time.monotonic()) if enough else math.inf
+            if enough and (not left or time.monotonic() - since > plan.deadline_s):
+                return True
+            came = f"{len(agreed)} of {len(plan.sites)} sites have agreed, the quorum is {plan.quorum}"
+            if len(agreed) + left < plan.quorum or time.time() > self.proposal.expires:
+                codes = ", ".join(f"{site}: {code}" for site, code in sorted(refused.items())) or "the proposal expired"
+                raise ConfigError(f"{came} ({codes})", code="quorum")
+            if not self.run.ended():
+                self.run.write_status("proposed", 0, came)
+            self.setting.halt.wait(ASK_AGAIN_S)
+        return False
+
+    def visit(self, progress: Progress, *, train: bool) -> tuple[Closed, float, Last]:
+        """Ask every site once; returns what came, the seconds it took, and what to show of it in the next."""
+        began, plan, round = time.monotonic(), self.plan, progress.round
+        made = [self._cast()]  # for the first push; whoever joins later is sent it made anew
+        evaluate = not train or round % plan.evaluation.every == 0
+        baseline = not train and plan.evaluation.baseline
+        cast_sha256 = hashlib.sha256(made[0]).hexdigest()
+        visit = self._visit(round, train=train, evaluate=evaluate, baseline=baseline, cast_sha256=cast_sha256)
+        sent: dict[str, int] = {}
+        stream = self._ask(
+            plan.sites,
+            visit,
+            lambda: made.pop() if made else self._cast(),
+            plan.deadline_s,
+            last_from(progress.last),
+            sent,
+        )
+        closed = close_round(
+            self.strategy,
+            visit,
+            self.proposal.leaves,
+            stream,
+            lambda answer: self._note(answer, round),
+            lambda site, report: self.vouch.check(site, report, visit),
+        )
+        return closed._replace(sent=sent), time.monotonic() - began, last_of(visit, closed.reports)
+
+    def _visit(
+        self,
+        round: int,
+        cast_sha256: str = hashlib.sha256(NOTHING).hexdigest(),
+        train: bool = False,
+        evaluate: bool = False,
+        baseline: bool = False,
+    ) -> Visit:
+        return Visit(
+            run=self.run.name,
+            round=round,
+            train=train,
+            evaluate=evaluate,
+            baseline=baseline,
+            plan=self.plan.canonical(),
+            cast_sha256=cast_sha256,
+        )
+
+    def _ask(
+        self,
+        sites: tuple[str, ...],
+        visit: Visit,
+        cast: Callable[[], bytes],
+        deadline_s: float,
+        last: Last | None,
+        sent: dict[str, int] | None = None,
+    ) -> Iterator[Answer]:
+        """Send a visit to sites and yield their answers; ``sent`` counts the bytes that each was sent."""
+        setting, shown = self.setting, self.vouch.visits(visit, last)
+
+        def push(nodes: list[int], ttl: float) -> dict[int, str]:
+            payload = cast()
+            names = {node.node_id: name for name, node in setting.superlink.nodes().items() if node.node_id in nodes}
+            packed = wire.packed(payload) if len(payload) > wire.INLINE else payload
+            contents = {node: wire.record(shown[name], packed) for node, name in names.items()}
+            ids = setting.superlink.push(self.flower_run, contents, ttl)
+            setting.bell.ring()
+            for node in ids:
+                size = len(payload) + len(shown[names[node]].model_dump_json())
+                if sent is not None:
+                    sent[names[node]] = sent.get(names[node], 0) + size
+            return ids
+
+        return answers(
+            setting.superlink,
+            self.flower_run,
+            push,
+            sites,
+            deadline_s=deadline_s,
+            limit=self.proposal.leaves.bytes,
+            spool=self.spool,
+            tick=self._tick,
+            bell=self.ear,
+            stop=_Either(setting.halt, setting.stop if visit.train else setting.halt),
+        )
+
+    def _note(self, answer: Answer, round: int) -> None:
+        seconds = answer.report.seconds if answer.report else None
+        self.events.emit(
+            "reply",
+            run=self.run.name,
+            round=round,
+            site=answer.site,
+            code=answer.code,
+            bytes=answer.size,
+            seconds=seconds,
+        )
+
+    def _tick(self) -> None:
+        if time.monotonic() - self.ticked > 5:
+            self.ticked = time.monotonic()
+            self.setting.superlink.keep_alive(self.task)
+
+    def close(self) -> None:
+        """End the Flower run and delete what is left of its messages."""
+        self.setting.superlink.close_run(self.flower_run, self.task)
+
+
+class _Either:
+    """Set when either event is."""
+
+    def __init__(self, a: threading.Event, b: threading.Event) -> None:
+        self.a, self.b = a, b
+
+    def is_set(self) -> bool:
+        return self.a.is_set() or self.b.is_set()
