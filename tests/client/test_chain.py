@@ -130,6 +130,23 @@ def test_removed_reordered_and_doubled_records_are_named(tmp_path, change, every
         follow("egress", entries, every=every)
 
 
+@pytest.mark.parametrize("every", [True, False])
+def test_a_record_of_another_history_that_the_site_signed_too_does_not_pass(tmp_path, every):
+    """An older copy was put back once, and the site went on from it: its records have the right numbers and signatures."""
+    chain = log(tmp_path, 3)
+    copy = tmp_path / "again" / "egress.jsonl"
+    copy.parent.mkdir()
+    copy.write_bytes(chain.path.read_bytes())
+    other = Chain(copy, SIGNER)
+    for round in (3, 4):
+        chain.append(round=round)
+        other.append(round=round + 10)
+    one, two = read(chain.path), read(copy)
+    for spliced in (one[:4] + two[4:5] + one[5:], one[:5] + two[5:]):
+        with pytest.raises(Wrong, match="record 6 does not follow the one before"):
+            follow("egress", spliced, every=every)
+
+
 @pytest.mark.parametrize("at", [0, 2, 5])
 @pytest.mark.parametrize("every", [True, False])
 def test_a_record_made_without_the_key_does_not_pass_though_every_hash_fits(tmp_path, at, every):
