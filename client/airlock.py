@@ -6,17 +6,19 @@ the egress log, and sent.
 """
 
 import hashlib
-import json
+import os
 import secrets
-import time
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from fedtailor import store, wire
 from fedtailor.client import inbox
+from fedtailor.client.chain import Chain
 from fedtailor.client.fleet import Envelope, Fleet
 from fedtailor.client.inbox import Stored
 from fedtailor.errors import RefusedError, WireError
@@ -55,21 +57,13 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         RefusedError: with code ``airlock-…``; nothing of the answer leaves then.
     """
     try:
-        for name in ("work.json", "summand.safetensors"):
-            if (out / name).is_symlink():
-                raise WireError(f"{name} is a link to elsewhere", code="format")
-        if (out / "work.json").stat().st_size > wire.HEAD_LIMIT:
-            raise WireError("a report that is too long", code="head")
-        report = wire.parse_head(Report, (out / "work.json").read_text())
+        report = wire.parse_head(Report, _once(out / "work.json", wire.HEAD_LIMIT, "head").decode())
         if (report.run, report.round) != (visit.run, visit.round):
             raise WireError("an answer to another visit", code="round")
-        path = out / "summand.safetensors"
-        if path.stat().st_size > leaves.bytes:
-            raise WireError(f"an answer of {path.stat().st_size} bytes", code="oversized")
-        with safe_open(path, framework="pt") as file:
-            if file.metadata():
-                raise WireError("tensors that carry text", code="metadata")
-            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        whole = _once(out / "summand.safetensors", leaves.bytes, "oversized")
+        if b'"__metadata__"' in whole[8 : 8 + int.from_bytes(whole[:8], "little")]:
+            raise WireError("tensors that carry text", code="metadata")
+        flat = load(whole)
         leaves.check(flat, train=visit.train)
         may = policy.metrics and facts.test_rows >= policy.minimum_count
         metrics = leaves.rounded(report.metrics) if report.metrics and may and visit.evaluate else None
@@ -85,6 +79,22 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         "norm": round(length(flat), 6),
     }
     _commit(outbox, visit, payload, said, facts, listed)
+
+
+def _once(path: Path, most: int, code: str) -> bytes:
+    """What lies in a file, read once: who made it may change it while it is looked at, or have put a link there.
+
+    Raises:
+        WireError: ``code`` where it holds more than ``most`` bytes.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise WireError(f"{path.name} is not a file", code="format")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise WireError(f"{path.name} has more than {most} bytes", code=code)
+    return content
 
 
 def agree(outbox: Path, visit: Visit, facts: Facts) -> None:
@@ -105,26 +115,25 @@ def _commit(
     inbox.commit(outbox, draft, visit, Report.model_validate({**said, **ours}), facts.reservation, listed)
 
 
-def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Path) -> int:
+def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Chain) -> int:
     """Send an answer that lies in the outbox; every answer that leaves, leaves here.
 
     It is written to the log first: what the log lists may have left, and what it does not list has not.
     """
     report, payload = answer.report, answer.payload
     size = len(payload) + len(report.model_dump_json())
-    _log(egress, run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
+    egress.append(run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
          metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()), rows=report.rows,
          **answer.listed)  # fmt: skip
     return fleet.answer(envelope, wire.record(report, payload), report.seconds)
 
 
-def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Path) -> None:
+def decline(fleet: Fleet, envelope: Envelope, code: str, egress: Chain) -> None:
     """Answer with a code word of the vocabulary; never a text, which could carry data."""
-    word = code if code in WORDS else "failed"
-    _log(egress, refused=word)
-    fleet.answer(envelope, word, 0.0)
+    egress.append(refused=word(code))
+    fleet.answer(envelope, word(code), 0.0)
 
 
-def _log(path: Path, **fields: object) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps({"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), **fields}) + "\n")
+def word(code: str) -> str:
+    """A code, if it is of the vocabulary; the training process may have made it up."""
+    return code if code in WORDS else "failed"

@@ -7,16 +7,20 @@ import signal
 import tempfile
 import threading
 import time
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from fedtailor import control, pki, seals, store, wire
 from fedtailor.client import airlock, inbox
+from fedtailor.client.audit import Audit, heads
+from fedtailor.client.chain import Chain
 from fedtailor.client.desk import Desk
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
 from fedtailor.client.plans import Plans
+from fedtailor.client.signing import load_signer
 from fedtailor.client.site import Home
 from fedtailor.client.visits import Held, Visits
 from fedtailor.client.workshop import WorkerStopped, Workshop
@@ -34,7 +38,6 @@ class Daemon:
         self.config = self.home.config()
         self.home.make()
         self.stop, self.lost, self.arrived = threading.Event(), threading.Event(), threading.Event()
-        self.egress = self.home.state / "egress.jsonl"
         self.state: dict[str, Any] = {
             "connected": False,
             "study": None,
@@ -51,7 +54,11 @@ class Daemon:
             for folder in (self.home.outbox, self.home.memory):
                 inbox.forget_old(folder)
             self.fleet = Fleet(self.config.server, self.config.keys)
-            self.ledger = Ledger(self.home.state / "ledger.db")
+            hand = load_signer(self.config.keys)
+            self.ledger = Ledger(self.home.state / "ledger.db", hand)
+            self.egress = Chain(self.home.state / "egress.jsonl", hand)
+            self.audit = Audit(self.home.state / "audit.jsonl", hand)
+            self.audit.begin(self.ledger, self.egress, self.home.folder / "site.yaml")
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
             key = pki.load_key(self.config.keys / "site.key")
             signer = seals.load_public(self.config.keys / "plans.pub")
@@ -59,7 +66,7 @@ class Daemon:
             self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
             desk = Desk(self.visits, self.arrived.set)
-            local = control.serve(socket, "Site", desk.methods(), {})
+            local = control.serve(socket, "Site", self.audit.attend(desk.methods()), {})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop.set())
             threads = [
@@ -83,6 +90,7 @@ class Daemon:
                 self.workshop.stop()
                 local.stop(grace=1)
                 socket.unlink(missing_ok=True)
+                self.audit.note("daemon", "stopped", **heads(self.ledger, self.egress))
 
     # --- receiving ---
 
@@ -115,6 +123,7 @@ class Daemon:
         node_id = self.fleet.join(last)
         store.write_json(known, {"node_id": node_id})
         self.state |= {"connected": True, "last_error": None}
+        self.audit.note("daemon", "joined", server=self.config.server, node=str(node_id))
         log.info("joined %s", self.config.server)
 
     def _failed(self, text: str) -> None:
@@ -175,10 +184,16 @@ class Daemon:
             pass
         try:
             visit = wire.parse_head(Visit, entry.head())
+            self.audit.changed("coordinator", "plan", run=visit.run, sha256=sha256(visit.plan.encode()).hexdigest())
             found = self.visits.answer(entry, visit)
+            if (data := self.state.get("data")) is not None:
+                self.audit.changed("daemon", "data", name=self.config.data.name, fingerprint=data["fingerprint"])
+            answer = {"run": visit.run, "round": visit.round, "sha256": found.report.summand_sha256}
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
-                self.ledger.settle(found.reservation, found.report.summand_sha256)
+                if self.ledger.settle(found.reservation, found.report.summand_sha256):
+                    self.audit.note("daemon", "settled", **answer, **heads(self.ledger, self.egress))
             self.state["bytes_sent"] += airlock.release(self.fleet, entry.envelope, found, self.egress)
+            self.audit.note("daemon", "released", **answer, **heads(self.ledger, self.egress))
         except Closed:
             log.info("the coordinator no longer waits for this answer; it is kept for when it asks again")
         except (ConnectionFailed, WorkerStopped):
@@ -189,6 +204,7 @@ class Daemon:
             self._decline(entry.envelope, error.code)
 
     def _decline(self, envelope: Envelope, code: str) -> None:
+        self.audit.note("daemon", "dropped" if code.startswith("airlock-") else "declined", code=airlock.word(code))
         try:
             airlock.decline(self.fleet, envelope, code, self.egress)
         except Closed:

@@ -6,8 +6,10 @@ from typing import Any
 
 from fedtailor import control, inspection
 from fedtailor.client import inbox
+from fedtailor.client.chain import rows
 from fedtailor.client.plans import Approval, Known, as_row
 from fedtailor.client.rehearsal import rehearse
+from fedtailor.client.statement import statement
 from fedtailor.client.visits import Visits
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Case, refuse, verdict
@@ -43,19 +45,13 @@ class Desk:
                              "confinement": self.workshop.found()}  # fmt: skip
 
     def statement(self, _: Asked) -> Asked:
-        """Every charge to the budget."""
-        rows = []
-        for entry in self.ledger.statement():
-            charge, state = entry.charge, "settled" if entry.settled_digest else "reserved"
-            rows.append({"time": entry.time, "data": entry.account, "run": entry.study, "state": state,
-                         "noise": charge.noise_multiplier, "rate": charge.rate, "steps": charge.steps})  # fmt: skip
-        return {"rows": rows}
+        """What each data set has spent, on which runs, and what is left; and every charge."""
+        fingerprint = (self.state.get("data") or {}).get("fingerprint", "")
+        return statement(self.ledger, self.config.data.name, fingerprint, self.config.policy)
 
     def egress(self, _: Asked) -> Asked:
         """Everything that has left."""
-        path = self.home.state / "egress.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return {"rows": [json.loads(line) for line in lines]}
+        return {"rows": rows(self.home.state / "egress.jsonl")}
 
     def list(self, _: Asked) -> Asked:
         """Every study that was proposed."""

@@ -11,6 +11,8 @@ from sqlite3 import Connection
 from typing import Any, NamedTuple
 
 from fedtailor.client.journal import Journal
+from fedtailor.client.signing import Signer
+from fedtailor.client.verify_audit import Entry as Record
 from fedtailor.errors import RefusedError
 from fedtailor.privacy import accounting
 from fedtailor.privacy.accounting import Cap, Charge
@@ -41,7 +43,7 @@ class Entry(NamedTuple):
 
 
 class Ledger:
-    """The ledger in the file ``path``, created if it is missing.
+    """The ledger in the file ``path``, created if it is missing. ``signer`` signs its records; without, none is signed.
 
     Formal guarantee: over everything that was ever reserved for one data set, by any number of processes and through
     any crash, the composed epsilon is at most the cap of the last reservation that was granted. A data set is all
@@ -52,8 +54,8 @@ class Ledger:
         StoreError: from any method, if the file is damaged, cannot be written or stays locked; nothing is half-written.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._journal = Journal(path)
+    def __init__(self, path: Path, signer: Signer | None = None) -> None:
+        self._journal = Journal(path, signer)
 
     def close(self) -> None:
         """Close the file; the ledger is of no use afterwards."""
@@ -118,8 +120,8 @@ class Ledger:
             code="budget",
         )
 
-    def settle(self, reservation_id: int, digest: str) -> None:
-        """Record the hash of the work's output and erase its key. Settling again with the same hash does nothing.
+    def settle(self, reservation_id: int, digest: str) -> bool:
+        """Record the hash of the work's output and erase its key; whether that was new.
 
         Raises:
             RefusedError: code ``settled``, if another output was recorded: one reservation pays for one release.
@@ -137,6 +139,7 @@ class Ledger:
                 self._journal.append("settle", None, None, None, None, None, None, None, reservation_id, digest)
                 db.execute("DELETE FROM keys WHERE reservation = ?", (reservation_id,))
         self._journal.erase()
+        return known is None
 
     def charges(self, account: str, fingerprint: str, *, without: str | None = None) -> list[Charge]:
         """Every charge linked to this data set, settled or not; those of the study ``without`` left out."""
@@ -165,6 +168,14 @@ class Ledger:
         """The number of events and the hash of the last. Note it elsewhere: see :meth:`contains`."""
         with self._journal.transaction():
             return self._journal.head
+
+    def export(self) -> list[Record]:
+        """Every record with its hash and signature, for verify_audit.py; no keys."""
+        return self._journal.entries()
+
+    def sign_with(self, signer: Signer) -> None:
+        """Sign with another key from now on; a record says so, signed by the old key if the signer has it."""
+        self._journal.sign_with(signer)
 
     def contains(self, head: tuple[int, str]) -> bool:
         """Whether an earlier :meth:`head` is part of this ledger; if not, an older copy was put back."""

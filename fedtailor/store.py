@@ -57,7 +57,7 @@ def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0
                 raise
     except OSError as error:
         raise _unwritable(path, error) from error
-    _sync_name(path)
+    sync_name(path)
 
 
 def write_text(path: Path, text: str, mode: int = 0o600) -> None:
@@ -131,7 +131,7 @@ def commit_folder(draft: Path, target: Path) -> None:
         if target.exists():
             return
         raise _unwritable(target, error) from error
-    _sync_name(target)
+    sync_name(target)
 
 
 def digest(path: Path) -> str:
@@ -170,7 +170,8 @@ def _is_at(handle: int, path: Path) -> bool:
         return False
 
 
-def _sync_name(path: Path) -> None:
+def sync_name(path: Path) -> None:
+    """Make a new file's name survive a power failure."""
     try:
         _sync(path.parent)
     except OSError as error:

@@ -6,9 +6,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from fedtailor.cli import audit
 from fedtailor.cli.options import SITE_HOME, Json, SiteHome, log_to_stderr, show, table
 
 app = typer.Typer(help="Run a site's daemon, and see what it does.", no_args_is_help=True)
+app.add_typer(audit.app, name="audit")
 
 
 def ask(home: Path, method: str, request: dict[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
@@ -73,11 +75,12 @@ def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
 
 @app.command()
 def ledger(home: SiteHome = SITE_HOME, json: Json = False) -> None:
-    """Show every charge to the privacy budget."""
+    """Show what each data set has spent, on which runs, and what is left."""
+    from fedtailor.client.statement import sentences
+
     answer = ask(home, "Ledger")
     if not show(answer, json):
-        columns = list(answer["rows"][0]) if answer["rows"] else []
-        table("charges", columns, [list(row.values()) for row in answer["rows"]])
+        Console(soft_wrap=True).print("\n".join(sentences(answer)), highlight=False, markup=False)
 
 
 @app.command()

@@ -3,16 +3,20 @@
 import hashlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
 import pytest
 import torch
+from cryptography.hazmat.primitives.asymmetric import ec
 from safetensors.torch import load, save
 
 from fedtailor import leaving, wire
 from fedtailor.client import airlock, inbox
+from fedtailor.client.chain import Chain, rows
 from fedtailor.client.fleet import Envelope
+from fedtailor.client.signing import Signer
 from fedtailor.client.site import Policy
 from fedtailor.config import load as configured
 from fedtailor.errors import ConnectionFailed, RefusedError
@@ -24,6 +28,7 @@ VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=True, plan=P
 LEAVES = leaving.agreed(PLAN)
 POLICY = Policy(studies=("heart",), epsilon=8.0, delta=1e-4)
 METRICS = {"auroc": 0.75, "loss": None}
+SIGNER = Signer(ec.generate_private_key(ec.SECP384R1()))
 HEAD = Head(count=7, hash="0" * 64, signature="cd")
 ENVELOPE = Envelope(7, "m" * 64, 1.0, 60.0, 2.0)
 
@@ -170,6 +175,30 @@ def test_a_link_to_elsewhere_is_not_followed(tmp_path, name):
     dropped(tmp_path, out, "format")
 
 
+@pytest.mark.parametrize("name", ["work.json", "summand.safetensors"])
+def test_what_is_not_a_file_is_not_waited_for(tmp_path, name):
+    out = written(tmp_path)
+    (out / name).unlink()
+    os.mkfifo(out / name)
+    dropped(tmp_path, out, "format")
+
+
+def test_an_answer_that_changes_while_it_is_looked_at_leaves_as_it_was_checked(tmp_path, monkeypatch):
+    """The training process is alive, and the folder is its own."""
+    out, check = written(tmp_path), type(LEAVES).check
+
+    def then_change(self, flat, *, train):
+        check(self, flat, train=train)
+        size = (out / "summand.safetensors").stat().st_size
+        with (out / "summand.safetensors").open("r+b") as file:
+            file.seek(size - 100)
+            file.write(b"\xff" * 100)  # NaN
+
+    monkeypatch.setattr(type(LEAVES), "check", then_change)
+    report, payload, _, _ = admitted(tmp_path, out)
+    assert all(x.isfinite().all() for x in load(wire.salted(report.salt)(payload)).values())
+
+
 def test_a_report_that_is_too_long_is_not_read(tmp_path):
     out = written(tmp_path)
     (out / "work.json").write_text((out / "work.json").read_text() + " " * wire.HEAD_LIMIT)
@@ -265,12 +294,16 @@ class Sending:
         return 1234
 
 
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def log(tmp_path):
+    return Chain(tmp_path / "egress.jsonl", SIGNER)
+
+
+def lines(egress):
+    return rows(egress.path)
 
 
 def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
-    stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), tmp_path / "egress.jsonl"
+    stored, fleet, egress = admitted(tmp_path, written(tmp_path)), Sending(), log(tmp_path)
     assert airlock.release(fleet, ENVELOPE, stored, egress) == 1234
     ((envelope, content, seconds),) = fleet.sent
     assert (envelope, seconds) == (ENVELOPE, 1.2) and wire.unpacked(content)[1] == stored.payload
@@ -289,14 +322,14 @@ def test_what_may_have_left_is_written_down_even_if_sending_fails(tmp_path):
         def answer(self, envelope, content, seconds):
             raise ConnectionFailed("gone")
 
-    stored, egress = admitted(tmp_path, written(tmp_path)), tmp_path / "egress.jsonl"
+    stored, egress = admitted(tmp_path, written(tmp_path)), log(tmp_path)
     with pytest.raises(ConnectionFailed):
         airlock.release(Broken(), ENVELOPE, stored, egress)
     assert [line["sha256"] for line in lines(egress)] == [stored.report.summand_sha256]
 
 
 def test_every_release_is_a_line_of_its_own(tmp_path):
-    stored, egress = admitted(tmp_path, written(tmp_path)), tmp_path / "egress.jsonl"
+    stored, egress = admitted(tmp_path, written(tmp_path)), log(tmp_path)
     for _ in range(3):
         airlock.release(Sending(), ENVELOPE, stored, egress)
     airlock.decline(Sending(), ENVELOPE, "budget", egress)
@@ -320,6 +353,6 @@ def test_the_vocabulary_holds_every_word_that_a_site_refuses_with():
 @pytest.mark.parametrize("code,word", [("airlock-shape", "airlock-shape"), ("budget", "budget"), ("x" * 100, "failed"),
     ("JaneDoe12031960", "failed"), ("Jane Doe, 12.3.1960; /data/é患者.csv", "failed"), ("", "failed")])  # fmt: skip
 def test_a_refusal_is_a_word_of_the_vocabulary(tmp_path, code, word):
-    fleet, egress = Sending(), tmp_path / "egress.jsonl"
+    fleet, egress = Sending(), log(tmp_path)
     airlock.decline(fleet, ENVELOPE, code, egress)
     assert fleet.sent == [(ENVELOPE, word, 0.0)] and lines(egress)[0]["refused"] == word

@@ -203,7 +203,7 @@ def test_an_edited_byte_is_refused_or_changes_nothing(tmp_path, path):
     assert refused > len(text)
 
 
-@pytest.mark.parametrize("tamper,text", [("DELETE FROM events WHERE id = 2", "record 2 is damaged"),
+@pytest.mark.parametrize("tamper,text", [("DELETE FROM events WHERE id = 2", "record 2 is missing"),
                                          ("DELETE FROM events WHERE id = 3", "record 3 is missing"),
                                          ("DELETE FROM keys WHERE reservation = 3", "key of record 3"),
                                          ("UPDATE events SET steps = 1 WHERE id = 1", "record 1")])  # fmt: skip

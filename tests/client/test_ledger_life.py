@@ -3,15 +3,18 @@
 import tempfile
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric import ec
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from fedtailor.client.ledger import Cap, Charge, Ledger
+from fedtailor.client.signing import Signer
 from fedtailor.errors import RefusedError
 from fedtailor.privacy.accounting import epsilon
 
 CHARGE, CAP = Charge(1.0, 0.032, 20), Cap(3.0, 1e-5)  # ten of these fit
+SIGNER = Signer(ec.derive_private_key(20260101, ec.SECP384R1()))
 
 
 class Crashes(RuleBasedStateMachine):
@@ -21,7 +24,7 @@ class Crashes(RuleBasedStateMachine):
         super().__init__()
         self.folder = tempfile.TemporaryDirectory()
         self.path = Path(self.folder.name) / "ledger"
-        self.ledger = Ledger(self.path)
+        self.ledger = Ledger(self.path, SIGNER)
         self.released: set[bytes] = set()  # keys whose noisy output may have been seen
         self.open: dict[int, bytes] = {}
 
@@ -54,7 +57,7 @@ class Crashes(RuleBasedStateMachine):
     @rule()
     def restart(self):
         self.ledger.close()
-        self.ledger = Ledger(self.path)
+        self.ledger = Ledger(self.path, SIGNER)
 
     @invariant()
     def never_under_counts(self):

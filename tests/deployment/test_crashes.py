@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from fedtailor.client.audit import gather
+from fedtailor.client.site import Home
+from fedtailor.client.verify_audit import examine
 from fedtailor.datasets import heart_disease
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.simulations.run import simulate
@@ -33,6 +36,8 @@ def every_round_was_charged_once(deployment, run, plan, result):
     for site in deployment.sites:
         rows = [row for row in deployment.ask_site(site, "Ledger")["rows"] if row["run"] == run]
         assert len(rows) == plan.rounds, rows
+        home = Home(deployment.site_home(site))
+        assert examine(gather(home, home.config()))[0] == []  # and whatever the crash tore is accounted for
         assert result["sites"][site]["epsilon"] == pytest.approx(epsilon([charge] * plan.rounds, plan.privacy.delta))
 
 

@@ -7,6 +7,7 @@ import sys
 import pytest
 from safetensors.torch import load_file
 
+from fedtailor.client import verify_audit
 from fedtailor.datasets import heart_disease
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.result import Result
@@ -67,6 +68,19 @@ def test_both_ends_answer_their_people(deployment):
     assert code == 0 and {"time", "run", "round", "bytes", "sha256", "epsilon"} <= rows[-1].keys()
     assert command("client", "status", "--home", home)[0] == 0, "and in a table"
     assert command("server", "status", "--home", str(deployment.server_home))[0] == 0
+
+
+def test_a_sites_signed_records_hold_and_can_be_verified_elsewhere(deployment, tmp_path):
+    home, file = str(deployment.site_home("va")), tmp_path / "export.json"
+    code, out, err = command("client", "audit", "verify", "--home", home, "--json")
+    assert code == 0 and json.loads(out)["wrong"] == [], out + err
+    code, out, _ = command("client", "audit", "show", "--home", home, "--json")
+    done = {row["what"] for row in json.loads(out)["rows"]}
+    assert code == 0 and {"started", "policy", "joined", "plan", "data", "settled", "released"} <= done
+    assert command("client", "audit", "export", str(file), "--home", home)[0] == 0
+    assert verify_audit.main([str(file), "--ca", str(deployment.site_home("va") / "keys" / "ca.pem")]) == 0
+    code, out, _ = command("client", "ledger", "--home", home)
+    assert code == 0 and "heart: epsilon" in out and "rounds settled, 0 open" in out and "head: ledger:" in out
 
 
 def test_a_study_can_be_stopped_and_taken_up_again(deployment):

@@ -12,9 +12,11 @@ from safetensors.torch import save
 
 from fedtailor import wire
 from fedtailor.client import airlock
+from fedtailor.client.chain import Chain
 from fedtailor.client.fleet import Envelope
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
+from fedtailor.client.signing import Signer
 from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.visits import Visits
 from fedtailor.client.workshop import Workshop
@@ -138,6 +140,7 @@ class Site:
         self.home.make()
         self.log = self.home.state / "worker.log"
         self.ledger = Ledger(self.home.state / "ledger.db")
+        self.egress = Chain(self.home.state / "egress.jsonl", Signer(HUB.keys["a"]))
         self.workshop = Turned(self.config, self.log)
         plans = HUB.plans(self.home.state / "plans", "a")
         self.visits = Visits(self.config, self.home, plans, HUB.keys["a"], self.ledger, self.workshop, {})
@@ -165,7 +168,7 @@ class Site:
         visit = HUB.visit(of, cast=cast, **{"evaluate": True, "baseline": False, **fields})
         (entry / "head.json").write_text(visit.model_dump_json())
         envelope = Envelope(1, "m", 0.0, 60.0, 0.0)
-        egress = self.home.state / "egress.jsonl"
+        egress = self.egress
         for _ in range(times):
             try:
                 stored = self.visits.answer(Entry(entry, envelope), visit)

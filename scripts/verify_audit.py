@@ -1,0 +1,1 @@
+../client/verify_audit.py
