@@ -5,6 +5,7 @@ it stops. The attacks are Python, run in the process; conftest.py gives them ``c
 """
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -103,7 +104,9 @@ def attack(site, victim):
         site.fill()
         return it.attack(code, **given, link=str(link), scratch=str(it.scratch))
 
-    return run
+    yield run
+    for folder in ("/tmp", "/dev/shm"):
+        Path(folder, f"fedtailor-{victim['pid']}").unlink(missing_ok=True)
 
 
 def outside_it_works(attack, outside, what, code):
