@@ -35,7 +35,7 @@ def uniform(number: Tensor, count: int, skip: int = 0) -> Tensor:
     Steele et al. 2014, https://doi.org/10.1145/2714064.2660195. Reproducible, and so never for privacy.
 
     >>> uniform(torch.tensor(7), 3), uniform(torch.tensor(7), 1, skip=2)
-    (tensor([0.3898, 0.0173, 0.9008]), tensor([0.9008]))
+    (tensor([0.3898, 0.0168, 0.9008]), tensor([0.9008]))
     """
     z = number + torch.arange(skip + 1, skip + count + 1, device=number.device) * _GOLDEN
     z = (z ^ _shifted(z, 30)) * _MIX[0]
