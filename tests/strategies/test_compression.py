@@ -3,9 +3,15 @@
 import pytest
 import torch
 
-from fedtailor import seeds
+from fedtailor import recipe as recipes
+from fedtailor import seeds, tree
+from fedtailor.client.work import perform
+from fedtailor.config import build, load
+from fedtailor.recipe import Recipe
+from fedtailor.simulations.run import simulate
 from fedtailor.strategies import fedavg, feddyn, quantise, scaffold, sign, topk
-from fedtailor.strategy import Local
+from fedtailor.strategy import Local, Strategy
+from fedtailor.wire import Visit
 
 NONE = {"w": torch.zeros(3), "b": torch.zeros(())}
 
@@ -111,3 +117,22 @@ def test_a_weight_passes_as_it_is():
     strategy, rows = sign(), torch.tensor(7.0)
     summand, _ = strategy.report(Local({"params": NONE}, strategy.remember(NONE), NONE, rows, rows, 0.1))
     assert summand["weight"] == 7
+
+
+def test_a_site_and_the_simulator_round_alike():
+    """Chance is keyed by seed, round and site: what a site would send is what the simulator sums."""
+    overrides = ["study=heart", "privacy=none", "strategy=quantise", "strategy.bits=2", "rounds=1", "sites=[va]"]
+    plan, simulation = load([*overrides, "quorum=1", "evaluation.baseline=false"])
+    sources = build(simulation.data, dict)
+    _, simulated = simulate(plan, sources)
+    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    state = strategy.init(recipes.initial(recipe, plan.seed))
+    visit = Visit(
+        run="r", round=0, train=True, evaluate=False, baseline=False, plan=plan.canonical(), cast_sha256="0" * 64
+    )
+    site = recipe.prepare(sources["va"].table())
+    work = perform(visit, strategy.broadcast(state), site, {}, site="va", key=None)
+    delta = torch.cat([x.reshape(-1) for x in tree.leaves(work.summand["delta"])])
+    assert len(delta.unique()) <= 1 + 2 * len(work.summand["delta"])  # two bits: minus, nothing, plus, by tensor
+    deployed = strategy.apply(state, strategy.reduce.add(None, tree.at(work.summand, None)), 0)["params"]
+    torch.testing.assert_close(deployed, simulated)
