@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from fedtailor.strategies import fedexp
+from fedtailor.strategy import model_in
 
 
 def moved(step, strategy, *clients):
@@ -27,3 +28,12 @@ def test_rows_weight_the_squares_as_they_weight_the_mean(step):
 
 def test_clients_that_agree_make_it_fedavg(step):
     assert moved(step, fedexp(), (1, 3.0, 1.0, 2.0), (3, 3.0, 1.0, 2.0)) == pytest.approx([3, 1, 2])
+
+
+def test_the_model_is_the_mean_of_the_last_two_iterates(step):
+    strategy = fedexp()
+    state = strategy.init({"w": torch.tensor(0.0)})
+    for _ in range(2):
+        state = step(strategy, state, [({"w": state["params"]["w"] + 4}, 1)])
+    assert strategy.broadcast(state)["params"]["w"] == 8
+    assert model_in(strategy.broadcast(state))["w"] == 6
