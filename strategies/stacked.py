@@ -2,7 +2,7 @@
 
 A robust strategy is a function from K replies to M replies, M = 1 where it decides, that comes before the reduction of a
 strategy inside. So any of them goes round any strategy, and round each other.
-Norms and distances are those of whole replies, all tensors together, in float64.
+Norms and distances are those of whole replies, all tensors together, in float64 and on the CPU.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ def counted_once(of: Strategy) -> Strategy:
 
 def reduced(of: Strategy, replies: Tree) -> Tree:
     """The total that ``of`` makes of ``replies``, each with a weight of one that the server gives it."""
-    ones = torch.ones(size(replies), dtype=tree.leaves(replies)[0].dtype)
+    ones = tree.leaves(replies)[0].new_ones(size(replies))
     return of.reduce.done(of.reduce.add(None, replies | {"weight": ones}))
 
 
@@ -67,7 +67,8 @@ def _pieces(x: Tensor) -> tuple[Tensor, ...]:
 
 def norms(replies: Tree) -> Tensor:
     """The L2 norm of each reply ``[K]``; not finite where the reply is not."""
-    return sum((p.double().square().sum(1) for x in tree.leaves(replies) for p in _pieces(x)), torch.zeros(())).sqrt()
+    squares = (p.double().square().sum(1).cpu() for x in tree.leaves(replies) for p in _pieces(x))
+    return sum(squares, torch.zeros(())).sqrt()
 
 
 def distances(replies: Tree) -> Tensor:
@@ -77,8 +78,12 @@ def distances(replies: Tree) -> Tensor:
 
 def inner_products(replies: Tree) -> Tensor:
     """The inner product of every two replies ``[K, K]``."""
-    zero = torch.zeros(size(replies), size(replies), dtype=torch.double)
-    return sum((p.double() @ p.double().T for x in tree.leaves(replies) for p in _pieces(x)), zero)
+    total = torch.zeros(size(replies), size(replies), dtype=torch.double)
+    for x in tree.leaves(replies):
+        for piece in _pieces(x):
+            precise = piece.double()
+            total += (precise @ precise.T).cpu()
+    return total
 
 
 def apart(products: Tensor) -> Tensor:
@@ -89,12 +94,12 @@ def apart(products: Tensor) -> Tensor:
 
 def combined(weights: Tensor, replies: Tree) -> Tree:
     """Linear combinations of replies: ``weights [M, K]`` and leaves ``[K, ...]`` make leaves ``[M, ...]``."""
-    return tree.map(lambda x: (weights.to(x.dtype) @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]), replies)
+    return tree.map(lambda x: (weights.to(x) @ x.reshape(len(x), -1)).reshape(-1, *x.shape[1:]), replies)
 
 
 def scaled(factors: Tensor, replies: Tree) -> Tree:
     """Each reply times its factor ``[K]``."""
-    return tree.map(lambda x: x * factors.to(x.dtype).reshape(-1, *[1] * (x.dim() - 1)), replies)
+    return tree.map(lambda x: x * factors.to(x).reshape(-1, *[1] * (x.dim() - 1)), replies)
 
 
 def middle(x: Tensor) -> Tensor:
