@@ -5,6 +5,7 @@ import torch
 
 from fedtailor import recipe as recipes
 from fedtailor import seeds, tree
+from fedtailor.batches import choices
 from fedtailor.client.work import perform
 from fedtailor.config import build, load
 from fedtailor.recipe import Recipe
@@ -80,6 +81,22 @@ def test_each_coordinate_and_each_client_has_its_own_chance():
     centred = draws - 0.5
     assert (centred @ centred.T / 1000 * 12 - torch.eye(3)).abs().max() < 0.15
     assert (centred[:, 1:] * centred[:, :-1]).mean().abs() * 12 < 0.1
+
+
+def test_each_tensor_has_its_own_chance():
+    strategy, one = quantise(bits=3), torch.tensor(1.0)
+    zero = {name: torch.zeros(200) for name in "ab"}
+    same = {name: torch.linspace(-1, 1, 200) for name in "ab"}
+    local = Local({"params": zero}, strategy.remember(zero), same, one, one, 0.1, torch.tensor(5))
+    delta = strategy.report(local)[0]["delta"]
+    assert not torch.equal(delta["a"], delta["b"])
+
+
+def test_each_site_and_round_has_its_own_number():
+    plan = load(["study=heart"]).plan
+    numbers = {int(choices(plan, round, site)[0]) for round in range(3) for site in ("va", "cleveland")}
+    assert len(numbers) == 6
+    assert choices(plan, 0, "va").shape == (plan.local.steps,)
 
 
 def test_chance_is_splitmix64():

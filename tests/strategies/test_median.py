@@ -15,6 +15,10 @@ def test_of_an_even_number_it_is_the_mean_of_the_middle_two(end):
     assert end(median(), [[1.0, 1.0], [2.0, 2.0], [4.0, 3.0], [9.0, 4.0]]) == [3.0, 2.5]
 
 
+def test_the_middle_of_two_great_values_does_not_overflow(end):
+    assert end(median(), [[2e38], [3e38]]) == pytest.approx([2.5e38])
+
+
 def test_the_strategy_inside_applies_it(end):
     assert end(median(fedavg(server_lr=0.5)), [[2.0, 4.0]]) == [1.0, 2.0]
 
