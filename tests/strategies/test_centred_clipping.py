@@ -43,3 +43,9 @@ def test_the_centre_is_not_cast():
 def test_one_state_has_one_centre():
     with pytest.raises(ValueError, match="one centre"):
         centred_clipping(krum(centred_clipping()))
+
+
+def test_rows_do_not_count(step):
+    strategy = centred_clipping(radius=1e6)
+    replies = [({"w": torch.ones(1)}, 1.0), ({"w": -torch.ones(1)}, 99.0)]
+    assert step(strategy, strategy.init({"w": torch.zeros(1)}), replies)["params"]["w"].item() == 0
