@@ -14,6 +14,7 @@ from fedtailor.privacy.csprng import Csprng
 from fedtailor.recipe import Part, Recipe
 from fedtailor.strategy import Local, Strategy
 from fedtailor.study import Plan
+from fedtailor.training import NO_LOSS
 from fedtailor.tree import Params, Tree
 
 __all__ = ["check_private", "inputs_digest", "private_train"]
@@ -42,6 +43,7 @@ def private_train(
     rng: Csprng,
     *,
     max_physical_batch: int = 256,
+    seed: Tensor | None = None,
 ) -> tuple[Tree, Tree]:
     """One round of DP-SGD from ``cast["params"]``: the same as ``local_train(clipped(...))``, for real data.
 
@@ -57,13 +59,17 @@ def private_train(
     Args:
         noise_multiplier: 0 is for tests of sensitivity; no charge can be made for less than 0.4.
         max_physical_batch: examples whose gradients are held in memory at once; it does not change the result.
+        seed: a public number for the strategy's own random choices.
 
     Raises:
-        ConfigError: if the plan has no record-level privacy, or ``cast`` does not fit the recipe's model.
+        ConfigError: if the plan has no record-level privacy, ``cast`` does not fit the recipe's model, or the strategy
+            needs a loss, which the guarantee would not cover.
         FedtailorError: code ``nonfinite``, if the model's parameters overflow.
     """
     if plan.privacy is None:
         raise ConfigError("plan.privacy: null; this site trains with record-level privacy only")
+    if strategy.needs_loss:
+        raise ConfigError(NO_LOSS)
     if len(part.y) == 0:
         raise ConfigError("part: no examples to train on")
     rng = rng.derive(f"round/{inputs_digest(part, plan, noise_multiplier, cast, memory)}")
@@ -85,7 +91,7 @@ def private_train(
             params = tree.map(lambda p, g: p - plan.local.lr * g, params, grads)
             _load(module, params)
     count, steps = torch.tensor(float(len(part.y))), torch.tensor(float(plan.local.steps))
-    return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr))
+    return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr, seed))
 
 
 def _module(recipe: Recipe, params: Params) -> GradSampleModule:

@@ -9,7 +9,7 @@ import torch
 from fedtailor import leaving, tree
 from fedtailor import recipe as recipes
 from fedtailor.baseline import train_alone
-from fedtailor.batches import draw, pack
+from fedtailor.batches import choices, draw, pack
 from fedtailor.client.private_training import check_private, private_train
 from fedtailor.config import build
 from fedtailor.errors import RefusedError
@@ -69,8 +69,9 @@ def perform(
             memory = strategy.remember(recipes.initial(recipe, plan.seed))
         if plan.privacy is None:
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
-            batches = pack(data.train, mask, plan.local.rate)
-            train = local_train(plain(recipes.losses(recipe)), strategy, plan.local.lr)
+            batches = pack(data.train, mask, plan.local.rate) | {"seed": choices(plan, visit.round, site)}
+            losses = recipes.losses(recipe)
+            train = local_train(plain(losses), strategy, plan.local.lr, losses)
             count = torch.tensor(float(len(data.train.y)))
             summand, memory = train(cast, memory, batches, torch.ones(plan.local.steps), count)
         else:
@@ -78,6 +79,16 @@ def perform(
                 raise RefusedError("a private study needs a key from the ledger", code="ledger")
             check_private(recipe, data.train)
             noise = plan.privacy.noise_multiplier
-            summand, memory = private_train(recipe, data.train, plan, noise, strategy, cast, memory, Csprng(key))
+            summand, memory = private_train(
+                recipe,
+                data.train,
+                plan,
+                noise,
+                strategy,
+                cast,
+                memory,
+                Csprng(key),
+                seed=choices(plan, visit.round, site)[0],
+            )
     update["seconds"] = time.monotonic() - began
     return Work(report.model_copy(update=update), summand, memory)

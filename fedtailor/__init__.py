@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING, Any
 import fedtailor.airgap  # noqa: F401  (before anything can import flwr)
 
 if TYPE_CHECKING:
-    from fedtailor.strategy import SUM, Local, Reduce, Strategy, over_clients
+    from fedtailor.strategy import STACK, SUM, Local, Reduce, Strategy
 
-__all__ = ["SUM", "Local", "Reduce", "Strategy", "over_clients"]
+__all__ = ["STACK", "SUM", "Local", "Reduce", "Strategy"]
 __version__ = "0.1.0"
 
 

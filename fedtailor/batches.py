@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 
 from fedtailor import seeds
 from fedtailor.recipe import Part
-from fedtailor.study import LocalTraining
+from fedtailor.study import LocalTraining, Plan
 from fedtailor.tree import Tree
 
 
@@ -20,6 +20,11 @@ def draw(local: LocalTraining, examples: int, seed: int, round: int, client: str
         for step in range(local.steps)
     ]
     return torch.stack(rows).float()
+
+
+def choices(plan: Plan, round: int, client: str) -> Tensor:
+    """The public number of a client and round that a strategy's own random choices are keyed by, once a step: ``[S]``."""
+    return torch.tensor(seeds.number(plan.seed, "choices", round, client)).expand(plan.local.steps)
 
 
 def pack(part: Part, mask: Tensor, rate: float, width: int | None = None) -> Tree:

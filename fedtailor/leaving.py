@@ -14,7 +14,7 @@ from fedtailor import tree
 from fedtailor.config import build
 from fedtailor.errors import WireError
 from fedtailor.recipe import Metrics, Recipe
-from fedtailor.strategy import PIECE, Local, Strategy
+from fedtailor.strategy import PIECE, Strategy, standing
 from fedtailor.study import Frozen, Plan
 from fedtailor.tree import Tree, finite, map
 
@@ -97,10 +97,8 @@ def spec_of(expected: Tree) -> Spec:
 
 def summand(plan: Plan, strategy: Strategy, params: Tree) -> Tree:
     """What every site's summand looks like: the strategy's own report of a client that did nothing."""
-    cast = strategy.broadcast(strategy.init(params))
-    one = torch.tensor(1.0)
-    local = Local(cast, strategy.remember(params), params, one, one, plan.local.lr)
-    return map(lambda x: x.new_zeros(()).expand(x.shape), strategy.report(local)[0])  # shapes only: no memory
+    report = standing(strategy, params, plan.local.lr)
+    return map(lambda x: x.new_zeros(()).expand(x.shape), report)  # shapes only: no memory
 
 
 def check(flat: dict[str, torch.Tensor], spec: Spec) -> None:

@@ -46,7 +46,7 @@ class Policy(Frozen):
     greatest_clip: Annotated[float, Field(gt=0)] | None = None
     without_privacy: bool = False  # whether a study without differential privacy may train here
     recipes: tuple[str, ...] | None = None  # by their last name, as in fedtailor.recipes.tabular; None: any installed
-    strategies: tuple[str, ...] | None = None
+    strategies: tuple[str, ...] | None = None  # and each that one of them wraps
     max_rounds: PositiveInt = 1000
     max_steps: PositiveInt = 10_000  # in one round
     minimum_cohort: PositiveInt = 1  # a round must count only with at least this many sites
@@ -102,13 +102,12 @@ def charge_of(plan: Plan) -> Charge | None:
 
 def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     """Every rule that bears on ``plan``, whether it holds or not."""
-    recipe, strategy = (spec.target.rpartition(".")[2] for spec in (plan.recipe, plan.strategy))
     others = [site for site in plan.sites if site != case.site]
     rules = [
         _rule("roster", "this site is listed", case.site in plan.sites, ", ".join(plan.sites), case.site),
         _rule("study", "the study", plan.study in policy.studies, plan.study, ", ".join(policy.studies)),
-        _among("recipe", "the recipe", [recipe], policy.recipes),
-        _among("strategy", "the strategy", [strategy], policy.strategies),
+        _among("recipe", "the recipe", plan.recipe.names()[:1], policy.recipes),
+        _among("strategy", "the strategy", plan.strategy.names(), policy.strategies),
         _among("partners", "who else takes part", others, policy.partners),
         _least("cohort", "sites behind a round, at least", plan.quorum, policy.minimum_cohort),
         _most("rounds", "rounds", plan.rounds, policy.max_rounds),

@@ -23,6 +23,8 @@ class Local(NamedTuple):
     num_examples: Tensor  # scalar: the rows of the client's training part, a public number
     num_steps: Tensor  # scalar
     lr: float
+    seed: Tensor | None = None  # scalar int64: a public number of this client and round, for random choices
+    loss: Tensor | None = None  # scalar: where the strategy needs it, the mean loss of the cast parameters
 
 
 class Reduce(NamedTuple):
@@ -60,11 +62,7 @@ def _cat(acc: Tree | None, block: Tree) -> Tree:
 
 
 SUM = Reduce(_sum, is_sum=True)
-
-
-def over_clients(fn: Callable[[Tensor], Tensor]) -> Reduce:
-    """A reduction that must see all clients at once: ``fn`` maps ``[K, ...]`` to ``[...]``."""
-    return Reduce(_cat, lambda acc: tree.map(fn, acc))
+STACK = Reduce(_cat)  # for what must see all replies at once: the total is their stack, leaves [K, ...]
 
 
 class Strategy(NamedTuple):
@@ -81,6 +79,18 @@ class Strategy(NamedTuple):
     correct: Callable[[Tree, Tree, Tree, Tree], Tree] = lambda grads, params, cast, memory: grads
     remember: Callable[[Tree], Tree] = lambda params: {}  # a new client's memory
     reduce: Reduce = SUM
+    needs_loss: bool = False  # whether ``report`` reads ``local.loss``, which DP-SGD's epsilon does not cover
+    sensitivity: float | None = None  # where one client's summand is bounded for privacy: the bound, in L2 norm
+
+
+def standing(strategy: Strategy, params: Tree, lr: float = 1.0) -> Tree:
+    """The summand of a client that did nothing: what every summand of ``strategy`` looks like."""
+    one = torch.ones(())
+    cast = strategy.broadcast(strategy.init(params))
+    local = Local(
+        cast, strategy.remember(params), params, one, one, lr, seed=torch.zeros((), dtype=torch.long), loss=one
+    )
+    return strategy.report(local)[0]
 
 
 def model_in(cast: Tree) -> Tree:

@@ -22,6 +22,18 @@ class Spec(BaseModel):
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False, populate_by_name=True)
     target: str = Field(alias="_target_")
 
+    def names(self) -> list[str]:
+        """The last name of the factory, then those of the ones inside it: a strategy may wrap another, ``of``.
+
+        >>> Spec.model_validate({"_target_": "fedtailor.strategies.krum", "of": {"name": "fedprox", "mu": 1}}).names()
+        ['krum', 'fedprox']
+        """
+        found, inside = [self.target.rpartition(".")[2]], (self.model_extra or {}).get("of")
+        while inside is not None:
+            found.append(str(inside.get("name") if isinstance(inside, dict) else inside))
+            inside = inside.get("of") if isinstance(inside, dict) else None
+        return found
+
 
 class LocalTraining(Frozen):
     """What a site does in one round: a public number of steps, each on a Poisson sample of a public rate."""

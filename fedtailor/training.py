@@ -6,11 +6,13 @@ drawn one, so that it says nothing about who was drawn.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from fedtailor import tree
+from fedtailor.errors import ConfigError
 from fedtailor.strategy import Local, Strategy
 from fedtailor.tree import Tree
 
@@ -18,15 +20,22 @@ Losses = Callable[[Tree, Tensor, Tensor], Tensor]  # params, x [B, ...], y [B] -
 Gradient = Callable[[Tree, Tree], Tree]  # params, batch -> gradient
 Train = Callable[[Tree, Tree, Tree, Tensor, Tensor], tuple[Tree, Tree]]
 
+NO_LOSS = (
+    "strategy: it weights each site by the loss of its training rows, which record-level privacy (privacy.epsilon) does "
+    "not cover; choose another strategy, or privacy=none"
+)
+
 
 def plain(losses: Losses) -> Gradient:
     """The gradient of the batch's loss, without any privacy."""
 
-    def loss(params: Tree, batch: Tree) -> Tensor:
-        total: Tensor = (losses(params, batch["x"], batch["y"]) * batch["live"]).sum() * batch["scale"]
-        return total
+    return torch.func.grad(partial(mean_loss, losses))
 
-    return torch.func.grad(loss)
+
+def mean_loss(losses: Losses, params: Tree, batch: Tree) -> Tensor:
+    """The sum of a batch's losses over its expected size: without bias, the mean loss of the client's examples."""
+    total: Tensor = (losses(params, batch["x"], batch["y"]) * batch["live"]).sum() * batch["scale"]
+    return total
 
 
 def clipped(losses: Losses, clip: float) -> Gradient:
@@ -54,23 +63,35 @@ def clipped(losses: Losses, clip: float) -> Gradient:
     return gradient
 
 
-def local_train(gradient: Gradient, strategy: Strategy, lr: float) -> Train:
+def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losses | None = None) -> Train:
     """Build ``train(cast, memory, batches, live, num_examples) -> (summand, memory)``: plain local SGD.
 
     Args:
         gradient: of one batch; :func:`plain` or :func:`clipped`.
         strategy: corrects each gradient and says what is reported.
         lr: the client's learning rate.
+        losses: for a strategy that needs each client's loss: it is measured at the cast parameters, on the examples of
+            this round's steps. None where training is private, because no guarantee covers that figure.
 
     Shapes:
-        batches: leaves ``[S, ...]`` for S local steps; live: ``[S]``, 0.0 where a step is padding; num_examples: ``[]``.
+        batches: leaves ``[S, ...]`` for S local steps, among them ``seed``, if a strategy makes random choices; live:
+            ``[S]``, 0.0 where a step is padding; num_examples: ``[]``.
+
+    Raises:
+        ConfigError: if the strategy needs a loss and there is none.
     """
+    if strategy.needs_loss and losses is None:
+        raise ConfigError(NO_LOSS)
 
     def train(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
-        params = cast["params"]
+        params, loss = cast["params"], None
+        if strategy.needs_loss and losses is not None:
+            each = [mean_loss(losses, params, tree.at(batches, step)) for step in range(len(live))]
+            loss = (torch.stack(each) * live).sum() / live.sum()
         for step, alive in enumerate(live.unbind()):
             grads = strategy.correct(gradient(params, tree.at(batches, step)), params, cast, memory)
             params = tree.map(lambda p, g, rate=lr * alive: p - rate * g, params, grads)
-        return strategy.report(Local(cast, memory, params, num_examples, live.sum(), lr))
+        seed = batches["seed"][0] if "seed" in batches else None
+        return strategy.report(Local(cast, memory, params, num_examples, live.sum(), lr, seed, loss))
 
     return train

@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtailor import recipe as recipes
 from fedtailor import seeds, tree
 from fedtailor.baseline import train_alone
-from fedtailor.batches import draw, pack
+from fedtailor.batches import choices, draw, pack
 from fedtailor.config import build
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.policy import Policy
@@ -60,7 +60,7 @@ def simulate(
     start = recipes.initial(recipe, plan.seed)
     losses = recipes.losses(recipe)
     gradient = plain(losses) if plan.privacy is None else clipped(losses, plan.privacy.clip)
-    train = local_train(gradient, strategy, plan.local.lr)
+    train = local_train(gradient, strategy, plan.local.lr, losses if plan.privacy is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
@@ -147,7 +147,10 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Param
     """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest."""
     masks = {site: draw(plan.local, len(data[site].train.y), plan.seed, round, site) for site in plan.sites}
     width = max(1, max(int(mask.sum(1).max()) for mask in masks.values()))
-    packed = [pack(data[site].train, masks[site], plan.local.rate, width) for site in plan.sites]
+    packed = [
+        pack(data[site].train, masks[site], plan.local.rate, width) | {"seed": choices(plan, round, site)}
+        for site in plan.sites
+    ]
     if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
         std = plan.privacy.noise_multiplier * plan.privacy.clip
         for site, batch in zip(plan.sites, packed, strict=True):

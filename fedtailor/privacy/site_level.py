@@ -51,4 +51,4 @@ def private(
         noisy = {path: rng.derive(path).add_normal(x, std) for path, x in tree.flatten(values).items()}
         return strategy.apply(state, tree.unflatten(noisy) | {"weight": total["weight"] * 0 + cohort}, round)
 
-    return strategy._replace(report=report, apply=apply)
+    return strategy._replace(report=report, apply=apply, sensitivity=clip)

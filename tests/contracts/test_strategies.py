@@ -1,24 +1,29 @@
 """What every strategy keeps, the shipped ones and their private forms: a new YAML file inherits all of it."""
 
 from collections.abc import Iterable
+from typing import get_type_hints
 
 import pytest
 import torch
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from fedtailor import Strategy, tree
+from fedtailor import Strategy, strategies, tree
 from fedtailor.config import build, choices
 from fedtailor.config import load as compose
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
+from fedtailor.privacy.planning import resolve
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.strategy import Local, model_in
+from fedtailor.study import Spec
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Tree
 
-SHIPPED = {name: build(compose([f"strategy={name}"]).plan.strategy, Strategy) for name in choices("strategy")}
+SPECS = {name: compose([f"strategy={name}"]).plan.strategy for name in choices("strategy")}
+SHIPPED = {name: build(spec, Strategy) for name, spec in SPECS.items()}
 PRIVATE = {
     f"private {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7)
     for name, strategy in SHIPPED.items()
@@ -45,6 +50,7 @@ class World:
             "y": torch.randn(K, S, B, generator=rng),
             "live": (torch.arange(B) < torch.randint(1, B + 1, (K, S, 1), generator=rng)).float(),
             "scale": torch.full((K, S), 1 / B),
+            "seed": torch.randint(2**62, (K, 1), generator=rng).expand(K, S),
         }
         self.order = torch.randperm(K, generator=rng).tolist()
 
@@ -52,8 +58,14 @@ class World:
         return strategy.init(self.params), [strategy.remember(self.params) for _ in range(K)]
 
     def reply(self, strategy: Strategy, cast: Tree, memory: Tree, k: int) -> tuple[Tree, Tree]:
-        train = local_train(plain(losses), strategy, lr=0.05)
+        train = local_train(plain(losses), strategy, 0.05, losses)
         return train(cast, memory, tree.at(self.batches, k), self.live[k], self.counts[k])
+
+
+def ended(cast: Tree, memory: Tree, params: Tree) -> Local:
+    """A client of 9 rows whose 5 steps ended at ``params``."""
+    rows, steps, seed, loss = torch.tensor(9.0), torch.tensor(5.0), torch.tensor(7), torch.tensor(0.8)
+    return Local(cast, memory, params, rows, steps, 0.05, seed, loss)
 
 
 def fold(strategy: Strategy, replies: Iterable[Tree]) -> Tree:
@@ -82,7 +94,7 @@ def assert_close(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-6) -> No
 @pytest.mark.parametrize("name", ALL)
 def test_folding_replies_one_by_one_is_the_simulation(name: str, block: int) -> None:
     strategy, world = ALL[name], World()
-    train = local_train(plain(losses), strategy, lr=0.05)
+    train = local_train(plain(losses), strategy, 0.05, losses)
     deployed, memories = world.start(strategy)
     simulated, stacked = copied(deployed), tree.stack(memories)
     for round in range(3):
@@ -155,8 +167,7 @@ def test_clients_that_stand_still_leave_the_model_where_it_is(name: str) -> None
     strategy, world = SHIPPED[name], World()
     state, memories = world.start(strategy)
     cast = strategy.broadcast(state)
-    local = Local(cast, memories[0], cast["params"], torch.tensor(9.0), torch.tensor(5.0), 0.05)
-    summand, _ = strategy.report(local)
+    summand, _ = strategy.report(ended(cast, memories[0], cast["params"]))
     assert_close(model_in(strategy.broadcast(strategy.apply(state, fold(strategy, [summand] * 3), 0))), world.params)
 
 
@@ -176,29 +187,112 @@ def test_one_client_moves_a_private_sum_by_at_most_the_clip(name: str) -> None:
     state, memories = world.start(strategy)
     cast = strategy.broadcast(state)
     far = tree.map(lambda p: p + 1e6, cast["params"])
-    summand, _ = strategy.report(Local(cast, memories[0], far, torch.tensor(9.0), torch.tensor(5.0), 0.05))
+    summand, _ = strategy.report(ended(cast, memories[0], far))
     weight = summand.pop("weight")
     assert weight == 1  # a client counts once, whatever it holds
     assert tree.norm(summand) <= 1 + 1e-6
 
 
-@pytest.mark.parametrize("name", [name for name in SHIPPED if f"private {name}" not in PRIVATE])
+SEE_ALL = [name for name, strategy in SHIPPED.items() if not strategy.reduce.is_sum]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", SEE_ALL)
+def test_a_reply_that_is_not_finite_does_not_count(name: str, bad: float) -> None:
+    """What sees replies one by one must know how to leave one out, wherever it stands."""
+    strategy, world = SHIPPED[name], World()
+    state, memories = world.start(strategy)
+    cast = strategy.broadcast(state)
+    replies = [world.reply(strategy, cast, memory, k)[0] for k, memory in enumerate(memories)]
+    lie = copied(replies[0])
+    lie["delta"]["w"][1] = bad
+    expected = strategy.apply(copied(state), fold(strategy, replies), 0)
+    for place in (0, 3):
+        lied = strategy.apply(copied(state), fold(strategy, [*replies[:place], lie, *replies[place:]]), 0)
+        assert_close(lied, expected)
+    with pytest.raises(ConfigError, match="none of the round's 2 replies is finite"):
+        strategy.apply(state, fold(strategy, [lie, lie]), 0)
+
+
+@pytest.mark.parametrize("name", SEE_ALL)
+def test_what_a_client_says_of_its_own_weight_does_not_count(name: str) -> None:
+    strategy, world = SHIPPED[name], World()
+    state, memories = world.start(strategy)
+    cast = strategy.broadcast(state)
+    replies = [world.reply(strategy, cast, memory, k)[0] for k, memory in enumerate(memories)]
+    world.counts[2] *= 1000
+    claimed = [world.reply(strategy, cast, memory, k)[0] for k, memory in enumerate(memories)]
+    for k, weight in enumerate([0.0, -1.0, 1e9]):
+        claimed[k] |= {"weight": torch.tensor(weight)}
+    ends = [strategy.apply(copied(state), fold(strategy, some), 0) for some in (replies, claimed)]
+    assert_close(ends[0], ends[1])
+
+
+@pytest.mark.parametrize("name", SEE_ALL)
 def test_what_is_not_a_sum_cannot_be_made_private(name: str) -> None:
     with pytest.raises(ConfigError, match="only a strategy that sums"):
         private(SHIPPED[name], clip=1.0, noise_multiplier=1.0, cohort=7)
 
 
-@pytest.mark.parametrize("value", ["0", "-1", "fast"])
+def bad_values() -> list[tuple[str, str, object]]:
+    """For each number that a strategy takes: a word, and a value just outside of each bound; a lower one it must have."""
+    found: list[tuple[str, str, object]] = []
+    for name in SHIPPED:
+        for argument, annotation in get_type_hints(getattr(strategies, name), include_extras=True).items():
+            schema = {} if argument in ("of", "return") else TypeAdapter(annotation).json_schema()
+            for kind in schema.get("anyOf", [schema]):
+                if kind.get("type") in ("number", "integer"):
+                    least = kind["minimum"] - 1 if "minimum" in kind else kind["exclusiveMinimum"]
+                    most = [kind["maximum"] + 1] if "maximum" in kind else []
+                    found += [(name, argument, value) for value in ("fast", least, *most)]
+    return found
+
+
+def with_arguments(name: str, **arguments: object) -> Spec:
+    return Spec.model_validate(SPECS[name].model_dump(by_alias=True) | arguments)
+
+
+@pytest.mark.parametrize(("name", "argument", "value"), bad_values())
+def test_a_bad_argument_is_named(name: str, argument: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"{name}: {argument}\b.*{value}"):
+        build(with_arguments(name, **{argument: value}), Strategy)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
-def test_a_bad_argument_is_named(name: str, value: str) -> None:
-    argument = "lr" if name == "fedopt" else "server_lr"
-    plan = compose([f"strategy={name}", f"++strategy.{argument}={value}"]).plan
-    with pytest.raises(ConfigError, match=rf"{name}: {argument}: .*{value}"):
-        build(plan.strategy, Strategy)
+def test_a_yaml_file_lists_every_argument(name: str) -> None:
+    """So that each can be set without a plus sign, and be read there."""
+    listed = (SPECS[name].model_extra or {}).keys()
+    assert listed == get_type_hints(getattr(strategies, name)).keys() - {"return"}
+
+
+WRAPPERS = [name for name in SHIPPED if "of" in get_type_hints(getattr(strategies, name))]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_bad_argument_inside_a_wrapper_is_named(name: str) -> None:
+    spec = with_arguments(name, of={"name": "fedavg", "server_lr": -1})
+    with pytest.raises(ConfigError, match=rf"{name}: of: .*fedavg: server_lr: .*-1"):
+        build(spec, Strategy)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_a_private_strategy_cannot_be_wrapped(name: str) -> None:
+    """What a wrapper does to the summand of a private strategy would void the bound that its noise is made for."""
+    inside = private(SHIPPED["fedavg"], clip=1.0, noise_multiplier=1.0, cohort=7)
+    more = {"mu": 0.1} if name == "fedprox" else {}
+    with pytest.raises(ValidationError, match="private already"):
+        getattr(strategies, name)(of=inside, **more)
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if SHIPPED[name].needs_loss])
+def test_a_loss_does_not_leave_under_record_level_privacy(name: str) -> None:
+    with pytest.raises(ConfigError, match="does not cover"):
+        resolve(compose([f"strategy={name}", "privacy=record"]).plan)
+    with pytest.raises(ConfigError, match="does not cover"):
+        local_train(plain(losses), SHIPPED[name], lr=0.05)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_an_unknown_argument_is_named(name: str) -> None:
-    plan = compose([f"strategy={name}", "+strategy.momentun=0.9"]).plan
     with pytest.raises(ConfigError, match=rf"{name}: momentun"):
-        build(plan.strategy, Strategy)
+        build(with_arguments(name, momentun=0.9), Strategy)

@@ -1,6 +1,7 @@
 """A real study over a real deployment: what comes out, what it cost, and what a person can ask of both ends."""
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -22,10 +23,12 @@ def command(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+@pytest.mark.parametrize(
+    "strategy", ["fedavg", "scaffold", "qfedavg", "quantise 'strategy.of={name: centred_clipping, radius: 2}'"]
+)
 def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy):
-    """Also for SCAFFOLD, whose sites keep a memory between rounds."""
-    plan = deployment.plan("privacy=none", "rounds=3", f"strategy={strategy}")
+    """Also where sites keep a memory, report by their loss, or choose at random, and where the server sees all replies."""
+    plan = deployment.plan("privacy=none", "rounds=3", *shlex.split(f"strategy={strategy}"))
     run = deployment.submit(plan)
     result = deployment.finish(run)
     simulated, params = simulate(plan, heart_disease())

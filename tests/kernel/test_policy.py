@@ -9,6 +9,7 @@ from fedtailor.config import load
 from fedtailor.errors import ConfigError, RefusedError
 from fedtailor.policy import Case, Hours, Policy, charge_of, open_now, refuse, verdict
 from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.study import Spec
 
 STRICT = {
     "studies": ["heart", "other"],
@@ -78,6 +79,18 @@ def test_each_rule_refuses_what_it_is_for(code):
     with pytest.raises(RefusedError) as error:
         refuse(verdict(POLICY, plan, CASE))
     assert error.value.code == found[0] and "allowed is" in str(error.value)
+
+
+def test_a_strategy_inside_another_must_be_allowed_too():
+    def plan(of):
+        spec = Spec.model_validate({"_target_": "fedtailor.strategies.krum", "of": of})
+        return PLAN.model_copy(update={"strategy": spec})
+
+    policy = loosened(strategies=("krum", "fedavg"))
+    for of in ("fedavg", {"name": "fedavg", "server_lr": 0.5}, {"name": "krum", "of": "fedavg"}):
+        assert codes(plan(of), policy) == []
+    for of in ("scaffold", {"name": "scaffold"}, {"name": "fedavg", "of": {"name": "scaffold"}}, {"mu": 1}, 7):
+        assert codes(plan(of), policy) == ["strategy"]
 
 
 def test_the_whole_study_counts_and_not_one_round():

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from fedtailor.strategies import fedavg, fedprox
+from fedtailor import tree
+from fedtailor.strategies import fedavg, fedavgm, fedprox, scaffold
 from fedtailor.training import local_train
 
 
@@ -24,5 +25,14 @@ def test_the_proximal_optimum():
     assert walk(fedprox(mu=3.0), 200) == pytest.approx(1 / 4, abs=1e-5)
 
 
-def test_without_a_pull_it_is_fedavg():
-    assert walk(fedprox(mu=0.0), 7) == walk(fedavg(), 7)
+def test_without_the_term_it_is_fedavg():
+    assert walk(fedprox(mu=0.0), 5) == walk(fedavg(), 5)
+
+
+def test_it_goes_round_any_strategy():
+    one = {"w": torch.tensor(1.0)}
+    assert fedprox(0.1, fedavgm()).init(one).keys() == fedavgm().init(one).keys()
+    inside = scaffold(population=1)
+    memory, cast = tree.map(torch.clone, inside.remember(one)), {"params": one, "control": {"w": torch.tensor(5.0)}}
+    corrected = fedprox(2.0, inside).correct(one, {"w": torch.tensor(4.0)}, cast, memory)
+    assert corrected["w"] == 1 + 2 * (4 - 1) + 5
