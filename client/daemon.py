@@ -15,6 +15,7 @@ from fedtailor.client import airlock, inbox
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
+from fedtailor.client.renewal import keep_renewed
 from fedtailor.client.site import Home
 from fedtailor.client.visits import Visits
 from fedtailor.client.workshop import WorkerStopped, Workshop
@@ -22,6 +23,7 @@ from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
 from fedtailor.wire import Visit
 
 log = logging.getLogger("fedtailor.client")
+SHUT_OUT_S = 300.0  # between attempts of a site that was revoked
 
 
 class Daemon:
@@ -67,6 +69,7 @@ class Daemon:
                 threading.Thread(
                     target=keep_beating, args=(self.fleet, self.lost, self.stop), name="beat", daemon=True
                 ),
+                threading.Thread(target=keep_renewed, args=(self.fleet, self.stop), name="renew", daemon=True),
             ]
             try:
                 self.workshop.start()
@@ -104,7 +107,8 @@ class Daemon:
                     log.exception("receiving failed")
                 self.state["connected"] = False
                 self._failed(str(error))
-                self.stop.wait(pause)
+                shut_out = isinstance(error, ConnectionFailed) and error.code in ("revoked", "unknown")
+                self.stop.wait(SHUT_OUT_S if shut_out else pause)
                 pause = min(pause * 2, 30.0)
 
     def _join(self) -> None:
@@ -207,7 +211,8 @@ class Daemon:
         left = max(policy.epsilon - spent, 0.0)
         budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
         return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
-                             "worker_pid": self.workshop.pid}  # fmt: skip
+                             "worker_pid": self.workshop.pid,
+                             "certificate_until": str(self.fleet.certificate.not_valid_after_utc)}  # fmt: skip
 
     def _ledger(self, _: dict[str, Any]) -> dict[str, Any]:
         rows = []
