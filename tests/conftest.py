@@ -15,7 +15,8 @@ import torch
 
 from fedtailor import control
 from fedtailor.cli.demo import free_port
-from fedtailor.client.setup import set_up
+from fedtailor.cli.rehearsal import admit
+from fedtailor.client.joining import Settings
 from fedtailor.config import load
 from fedtailor.datasets import heart_disease, write_csv
 from fedtailor.errors import ConnectionFailed
@@ -29,17 +30,17 @@ torch.set_num_threads(1)
 class Deployment:
     """A coordinator and sites, as processes that a test may kill."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...], epsilon: float = 1000.0) -> None:
+    def __init__(self, folder: Path, sites: tuple[str, ...], epsilon: float = 1000.0, **server: Any) -> None:
         self.folder, self.sites = folder, sites
         self.server_home = folder / "server"
         self.port = free_port()
         home = Home(self.server_home)
-        home.init(ServerConfig(name="test", port=self.port, hosts=("127.0.0.1", "localhost")))
+        home.init(ServerConfig(name="test", port=self.port, hosts=("127.0.0.1", "localhost"), **server))
         sources = heart_disease()
         for site in sites:
             data = folder / f"{site}.csv"
             write_csv(sources[site].table(), data)
-            set_up(self.site_home(site), home.admit(site), data=data, studies=["heart"], epsilon=epsilon, delta=1e-4)
+            admit(home, site, self.site_home(site), Settings(data, ["heart"], epsilon, 1e-4))
             path = self.site_home(site) / "site.yaml"
             path.write_text(path.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n"))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -137,8 +138,8 @@ def lay_out(tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
     """Make a deployment of a test's own, nothing of it started; what the test starts is stopped."""
     made: list[Deployment] = []
 
-    def make(*sites: str) -> Deployment:
-        made.append(Deployment(tmp_path, sites))
+    def make(*sites: str, **server: Any) -> Deployment:
+        made.append(Deployment(tmp_path, sites, **server))
         return made[-1]
 
     yield make

@@ -95,9 +95,7 @@ def demo(overrides: Overrides = None, out: Out = Path("outputs/demo"), json: Jso
         with console.status("starting one coordinator; four hospitals join it, each with a key of its own"):
             _server(folder)
             processes.start("server", "server", "up", "--home", str(folder / "server"))
-            data = _data(folder, plan.sites)  # while it starts
-            _until(lambda: bool(ask(folder / "server", "Status")["ready"]), processes, "the coordinator did not start")
-            for site in _joined(folder, plan, data, processes):
+            for site in _joined(folder, plan, _data(folder, plan.sites), processes):
                 processes.start(site, "client", "up", "--home", str(folder / "sites" / site))
             connected = "not all hospitals connected"
             _until(lambda: all(ask(folder / "server", "Status")["sites"].values()), processes, connected)
@@ -165,10 +163,11 @@ def _joined(folder: Path, plan: Any, data: dict[str, Path], processes: Processes
     from fedtailor.server.home import Home
 
     home, ended = Home(folder / "server"), queue.Queue[tuple[str, Exception | None]]()
+    up = threading.Event()
 
     def take_part(site: str, invitation: str) -> None:
         try:
-            _join(folder / "sites" / site, invitation, plan, data[site], home)
+            _join(folder / "sites" / site, invitation, plan, data[site], home, up)
             ended.put((site, None))
         except Exception as error:  # raised again below, in the main thread
             ended.put((site, error))
@@ -176,6 +175,8 @@ def _joined(folder: Path, plan: Any, data: dict[str, Path], processes: Processes
     for site in data:
         text = roster.invite(home, site).text()
         threading.Thread(target=take_part, args=(site, text), name=f"join {site}", daemon=True).start()
+    _until(lambda: bool(ask(home.folder, "Status")["ready"]), processes, "the coordinator did not start")
+    up.set()
     for _ in data:
         site, error = ended.get(timeout=120)
         processes.check()
@@ -184,7 +185,8 @@ def _joined(folder: Path, plan: Any, data: dict[str, Path], processes: Processes
         yield site
 
 
-def _join(folder: Path, invitation: str, plan: Any, data: Path, home: Any) -> None:
+def _join(folder: Path, invitation: str, plan: Any, data: Path, home: Any, up: threading.Event) -> None:
+    """One hospital, and the operator's answer to it, as soon as the coordinator is up."""
     import yaml
 
     from fedtailor.client.joining import Joining, Settings, join
@@ -194,6 +196,7 @@ def _join(folder: Path, invitation: str, plan: Any, data: Path, home: Any) -> No
         roster.approve(home, it.invitation.site, it.fingerprint)
 
     privacy = plan.privacy
+    up.wait()
     settings = Settings(data, [plan.study], privacy.epsilon if privacy else 1.0, privacy.delta if privacy else 1e-4)
     join(folder, invitation, settings, say=compared)
     if privacy is None:  # the site says so itself, in its own policy

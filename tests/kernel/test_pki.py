@@ -131,7 +131,7 @@ def test_certificates_say_what_they_are(made):
     assert len({c.serial_number for c in (ca, server, site)}) == 3
 
 
-@pytest.mark.parametrize(("name", "days"), [("ca.pem", 3650), ("server.pem", 90), ("kit/site.pem", 90)])
+@pytest.mark.parametrize(("name", "days"), [("ca.pem", 3650), ("server.pem", 30), ("kit/site.pem", 30)])
 def test_a_certificate_is_good_from_now_with_slack_for_clocks(made, name, days):
     certificate = read(made / "ours" / name)
     lasts = certificate.not_valid_after_utc - certificate.not_valid_before_utc
@@ -200,5 +200,5 @@ def test_what_is_not_a_key_is_named(tmp_path):
 def test_a_fingerprint_is_sha_256_in_groups_to_read_aloud(made):
     path = made / "ours" / "server.pem"
     der = read(path).public_bytes(serialization.Encoding.DER)
-    assert pki.fingerprint(path).replace(" ", "") == hashlib.sha256(der).hexdigest()
-    assert [len(group) for group in pki.fingerprint(path).split()] == [4] * 16
+    assert pki.fingerprint(read(path)).replace(" ", "") == hashlib.sha256(der).hexdigest()
+    assert [len(group) for group in pki.fingerprint(read(path)).split()] == [4] * 16
