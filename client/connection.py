@@ -127,6 +127,8 @@ def explain(error: httpx.HTTPError, server: str) -> str:
         )
     if "alert" in text.lower() and "certificate" in text.lower():
         return f"{server} refuses this site's certificate: {text}"
+    if isinstance(error, httpx.RemoteProtocolError) and "without sending" in text:
+        return f"{server} closed the connection at once: this side's certificate may have expired by its clock ({text})"
     if isinstance(error, httpx.ConnectError):
         return (
             f"{server} cannot be reached ({text}): is the name and port right, is the coordinator up, is there a proxy?"

@@ -67,7 +67,7 @@ class Coordinator:
             self.bell = Bell()
             self.superlink = SuperLink(self.home.folder / "flower.db", self.home.folder / "transit")
             self.superlink.close_stale_runs()
-            gate = Gate(self.home, self._admit)
+            gate = Gate(self.home, self.superlink.admit)
             gate.look()
             renewal.renew(self.home)
             for status in sorted((run.status() for run in self._runs()), key=lambda s: s.run):
@@ -111,12 +111,6 @@ class Coordinator:
                 where = f"{self.config.host}:{self.config.port}"
                 way = f"free it, or change host or port in {self.home.folder / 'server.yaml'}"
                 raise ConnectionFailed(f"cannot listen on {where}: {error.strerror}; {way}") from error
-
-    def _admit(self, keys: dict[str, str], revoked: frozenset[str]) -> None:
-        for key in revoked:
-            self.superlink.unregister(key.encode())
-        for name, key in keys.items():
-            self.superlink.register(name, key.encode())
 
     def _runs(self) -> list[Run]:
         return [Run(folder) for folder in self.home.studies.iterdir() if (folder / "plan.json").exists()]

@@ -106,7 +106,7 @@ def gated(app: App, gate: Gate) -> App:
             send = _last(send)  # it has a newer certificate: its next request comes by a new connection
         if route == ("POST", RENEW):
             await _take(gate.home, peer, headers, receive, send, _renew)
-        elif scope["path"] in FLEET and not _is_itself(headers, peer):
+        elif route[0] == "POST" and route[1] in FLEET and not _is_itself(headers, peer):
             await _refuse(send, 401, "key", "this is not the key of the certificate")
         else:
             await app(scope, receive, send)

@@ -1,27 +1,35 @@
 """A real deployment on loopback: the installed command, real processes, real TLS."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from fedtailor import control
 from fedtailor.cli.demo import free_port
 from fedtailor.cli.rehearsal import admit
+from fedtailor.client.connection import tls
 from fedtailor.client.joining import Settings
 from fedtailor.config import load
 from fedtailor.datasets import heart_disease, write_csv
 from fedtailor.errors import ConnectionFailed
 from fedtailor.privacy.planning import resolve
+from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home, ServerConfig
+from fedtailor.server.listener import Bell, public, serve, wait_until_started
+from fedtailor.server.renewal import keep_renewed
+from fedtailor.server.superlink import SuperLink
 from fedtailor.study import Plan
 
 torch.set_num_threads(1)
@@ -120,6 +128,51 @@ class Deployment:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+class Hub:
+    """A coordinator's public port in this process: real TLS, the gate, and Flower's SuperLink behind it."""
+
+    def __init__(self, folder: Path, **server: Any) -> None:
+        self.folder, self.home = folder, Home(folder / "hub")
+        self.home.init(ServerConfig(name="test", hosts=("127.0.0.1", "localhost"), **server))
+        self.link = SuperLink(folder / "flower.db", folder / "transit")
+        self.gate = Gate(self.home, self.link.admit)
+        app = gated(public(self.link.app, Bell(), patience=0.0), self.gate)
+        self.server = serve(app, "127.0.0.1", 0, self.home.tls, functools.partial(keep_renewed, self.home))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        assert wait_until_started(self.server)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        config = self.home.folder / "server.yaml"
+        config.write_text(config.read_text().replace("port: 8443", f"port: {port}"))
+
+    def settings(self) -> Settings:
+        (self.folder / "data.csv").touch()
+        return Settings(self.folder / "data.csv", ["heart"], 3.0, 1e-4)
+
+    def admit(self, site: str) -> Path:
+        """Admit a site; the folder of its keys."""
+        admit(self.home, site, self.folder / site, self.settings())
+        return self.folder / site / "keys"
+
+    def client(self, keys: Path, stem: str = "site") -> httpx.Client:
+        context = tls(keys / "ca.pem", keys / f"{stem}.pem", keys / f"{stem}.key")
+        return httpx.Client(base_url=f"https://{self.address}", verify=context, trust_env=False)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A coordinator's public port in this process."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = Hub(tmp_path)
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="session")
