@@ -23,6 +23,7 @@ SAID = {  # the coordinator's code words, in a site's terms
     "tell the operator of {server}, and ask for a fresh one",
     "key": "{server} takes no such key: it was revoked, or it is another site's; join with --new-key",
 }
+SHUT_OUT = ("revoked", "unknown")  # code words that only people can mend: who hears one asks seldom
 
 
 def tls(ca: Path, certificate: Path, key: Path) -> ssl.SSLContext:

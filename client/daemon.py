@@ -12,6 +12,7 @@ from typing import Any
 
 from fedtailor import control, store, wire
 from fedtailor.client import airlock, inbox
+from fedtailor.client.connection import SHUT_OUT
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
@@ -23,7 +24,7 @@ from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
 from fedtailor.wire import Visit
 
 log = logging.getLogger("fedtailor.client")
-SHUT_OUT_S = 300.0  # between attempts of a site that was revoked
+SELDOM_S = 300.0  # between attempts of a site that was revoked
 
 
 class Daemon:
@@ -107,8 +108,8 @@ class Daemon:
                     log.exception("receiving failed")
                 self.state["connected"] = False
                 self._failed(str(error))
-                shut_out = isinstance(error, ConnectionFailed) and error.code in ("revoked", "unknown")
-                self.stop.wait(SHUT_OUT_S if shut_out else pause)
+                seldom = isinstance(error, ConnectionFailed) and error.code in SHUT_OUT
+                self.stop.wait(SELDOM_S if seldom else pause)
                 pause = min(pause * 2, 30.0)
 
     def _join(self) -> None:

@@ -5,7 +5,7 @@ import threading
 import time
 
 from fedtailor import pki, store
-from fedtailor.client.connection import ask
+from fedtailor.client.connection import SHUT_OUT, ask
 from fedtailor.client.fleet import Fleet
 from fedtailor.errors import FedtailorError, WireError
 from fedtailor.invitation import RENEW
@@ -38,11 +38,13 @@ def keep_renewed(fleet: Fleet, stop: threading.Event) -> None:
         if (left := pki.due(fleet.certificate) - time.time()) > 0:
             stop.wait(min(left, LOOK_S))
             continue
+        hopeless = False
         try:
             renew(fleet)
             log.info("the certificate is renewed until %s", fleet.certificate.not_valid_after_utc)
         except (FedtailorError, OSError) as error:
             log.warning("the certificate could not be renewed: %s", error)
+            hopeless = isinstance(error, FedtailorError) and error.code in SHUT_OUT
         if pki.due(fleet.certificate) <= time.time():
             rest = pki.ends(fleet.certificate) - time.time()
-            stop.wait(min(max(rest / 10, 1.0), LOOK_S) if rest > 0 else LOOK_S)
+            stop.wait(LOOK_S if hopeless or rest <= 0 else min(max(rest / 10, 1.0), LOOK_S))

@@ -38,12 +38,12 @@ torch.set_num_threads(1)
 class Deployment:
     """A coordinator and sites, as processes that a test may kill."""
 
-    def __init__(self, folder: Path, sites: tuple[str, ...], epsilon: float = 1000.0, **server: Any) -> None:
+    def __init__(self, folder: Path, sites: tuple[str, ...], epsilon: float = 1000.0) -> None:
         self.folder, self.sites = folder, sites
         self.server_home = folder / "server"
         self.port = free_port()
         home = Home(self.server_home)
-        home.init(ServerConfig(name="test", port=self.port, hosts=("127.0.0.1", "localhost"), **server))
+        home.init(ServerConfig(name="test", port=self.port, hosts=("127.0.0.1", "localhost")))
         sources = heart_disease()
         for site in sites:
             data = folder / f"{site}.csv"
@@ -133,9 +133,9 @@ class Deployment:
 class Hub:
     """A coordinator's public port in this process: real TLS, the gate, and Flower's SuperLink behind it."""
 
-    def __init__(self, folder: Path, **server: Any) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder, self.home = folder, Home(folder / "hub")
-        self.home.init(ServerConfig(name="test", hosts=("127.0.0.1", "localhost"), **server))
+        self.home.init(ServerConfig(name="test", hosts=("127.0.0.1", "localhost")))
         self.link = SuperLink(folder / "flower.db", folder / "transit")
         self.gate = Gate(self.home, self.link.admit)
         app = gated(public(self.link.app, Bell(), patience=0.0), self.gate)
@@ -186,15 +186,25 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         made.stop()
 
 
-@pytest.fixture
-def lay_out(tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
-    """Make a deployment of a test's own, nothing of it started; what the test starts is stopped."""
+def laid_out(folder: Path) -> Iterator[Callable[..., Deployment]]:
     made: list[Deployment] = []
 
-    def make(*sites: str, **server: Any) -> Deployment:
-        made.append(Deployment(tmp_path, sites, **server))
+    def make(*sites: str) -> Deployment:
+        made.append(Deployment(folder, sites))
         return made[-1]
 
     yield make
     for one in made:
         one.stop()
+
+
+@pytest.fixture
+def lay_out(tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
+    """Make a deployment of a test's own, nothing of it started; what the test starts is stopped."""
+    yield from laid_out(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lay_out_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Deployment]]:
+    """The same, for all tests of a module."""
+    yield from laid_out(tmp_path_factory.mktemp("module"))

@@ -110,14 +110,15 @@ def test_it_waits_until_two_thirds_of_the_life_and_tries_again_after_a_failure(h
     assert waits[3][1] == 3600 < (ends - attempts[0]) / 10
 
 
-def test_after_it_expired_it_asks_seldom(hub, fleet, monkeypatch):
+@pytest.mark.parametrize(("late", "code", "pause"), [(5, "expired", 3600), (-5, "revoked", 3600), (-50, "away", 5)])
+def test_after_it_expired_or_was_revoked_it_asks_seldom(hub, fleet, monkeypatch, late, code, pause):
     stop, waits = threading.Event(), []
-    late = pki.ends(fleet.certificate) + 5
-    monkeypatch.setattr(renewal.time, "time", lambda: late)
+    now = pki.ends(fleet.certificate) + late
+    monkeypatch.setattr(renewal.time, "time", lambda: now)
     monkeypatch.setattr(stop, "wait", lambda seconds: (waits.append(seconds), stop.set()))
-    monkeypatch.setattr(renewal, "renew", lambda _: (_ for _ in ()).throw(ConnectionFailed("expired")))
+    monkeypatch.setattr(renewal, "renew", lambda _: (_ for _ in ()).throw(ConnectionFailed("no", code=code)))
     keep_renewed(fleet, stop)
-    assert waits == [3600]
+    assert waits == [pytest.approx(pause)]
 
 
 def test_an_expired_certificate_says_so_with_the_way_out(hub, fleet):
