@@ -28,7 +28,8 @@ def invite(
     made = roster.invite(it, name, hours)
     path = (out or roster.block(it, name)).resolve()
     store.write_text(path, made.text())
-    if not show({"site": name, "invitation": str(path), "server": made.server, "expires": made.ends}, json):
+    document = {"site": name, "invitation": str(path), "server": made.server, "expires": made.ends}
+    if not show(document, json):
         Console(soft_wrap=True).print(
             f"invitation of {name} until {_when(made.ends)}: {path}\nhand it over on a safe way; the site's people "
             f"then run: fedtailor client join https://{made.server} --invitation FILE …",
@@ -38,6 +39,7 @@ def invite(
 
 def sites(home: ServerHome = SERVER_HOME, json: Json = False) -> None:
     """List every site: invited, waiting with its fingerprint, admitted or revoked; connected or away."""
+    from fedtailor import pki
     from fedtailor.cli.server import ask
     from fedtailor.errors import ConnectionFailed
     from fedtailor.server import roster
@@ -50,11 +52,13 @@ def sites(home: ServerHome = SERVER_HOME, json: Json = False) -> None:
     except ConnectionFailed:
         connected = {}
     rows = roster.rows(it)
-    document = {"sites": [row._asdict() | {"connected": connected.get(row.site)} for row in rows]}
+    ca = pki.fingerprint(pki.read_certificate((it.tls / "ca.pem").read_text()))
+    document = {"sites": [row._asdict() | {"connected": connected.get(row.site)} for row in rows], "ca": ca}
     if not show(document, json):
         words = {True: "connected", False: "away", None: None}
         shown = [[r.site, r.state, words[connected.get(r.site)], _when(r.until), r.fingerprint] for r in rows]
         table("sites", ["site", "state", "", "until", "fingerprint of its key"], shown)
+        Console(soft_wrap=True).print(f"the consortium's CA: {ca}", highlight=False)
 
 
 def approve(
