@@ -214,7 +214,7 @@ def _until(condition: Callable[[], bool], processes: Processes, otherwise: str, 
                 return
         except ConnectionFailed:
             pass  # it is still starting
-        time.sleep(0.1)
+        time.sleep(0.2)
     raise ConnectionFailed(f"{otherwise} within {timeout:.0f} s; the logs are in {processes.logs}")
 
 
