@@ -20,7 +20,8 @@ from benchmarks.processes import Family, PeakMemory, resident
 from benchmarks.stock_flower import measure as measure_stock
 from fedtailor import control
 from fedtailor.cli.demo import free_port
-from fedtailor.client.setup import set_up
+from fedtailor.cli.rehearsal import admit
+from fedtailor.client.joining import Settings
 from fedtailor.config import load
 from fedtailor.datasets import heart_disease, write_csv
 from fedtailor.errors import ConnectionFailed
@@ -41,7 +42,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
         for site in SITES:
             data, place = folder / f"{site}.csv", folder / site
             write_csv(sources[site].table(), data)
-            set_up(place, home.admit(site), data=data, studies=["heart"], epsilon=100.0, delta=1e-4)
+            admit(home, site, place, Settings(data, ["heart"], 100.0, 1e-4))
             config = place / "site.yaml"
             config.write_text(config.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n"))
         environment = os.environ | {"NO_PROXY": "127.0.0.1,localhost"}

@@ -15,11 +15,13 @@ from fedtailor import control, pki, seals, store, wire
 from fedtailor.client import airlock, inbox
 from fedtailor.client.audit import Audit, heads
 from fedtailor.client.chain import Chain
+from fedtailor.client.connection import SHUT_OUT
 from fedtailor.client.desk import Desk
 from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.client.inbox import Entry
 from fedtailor.client.ledger import Ledger
 from fedtailor.client.plans import Plans
+from fedtailor.client.renewal import keep_renewed
 from fedtailor.client.signing import load_signer
 from fedtailor.client.site import Home
 from fedtailor.client.visits import Held, Visits
@@ -28,6 +30,7 @@ from fedtailor.errors import ConnectionFailed, FedtailorError, WireError
 from fedtailor.wire import Visit
 
 log = logging.getLogger("fedtailor.client")
+SELDOM_S = 300.0  # between attempts of a site that was revoked
 
 
 class Daemon:
@@ -65,7 +68,7 @@ class Daemon:
             plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key())
             self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
-            desk = Desk(self.visits, self.arrived.set)
+            desk = Desk(self.visits, self.arrived.set, lambda: str(self.fleet.certificate.not_valid_after_utc))
             local = control.serve(socket, "Site", self.audit.attend(desk.methods()), {})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop.set())
@@ -75,6 +78,7 @@ class Daemon:
                 threading.Thread(
                     target=keep_beating, args=(self.fleet, self.lost, self.stop), name="beat", daemon=True
                 ),
+                threading.Thread(target=keep_renewed, args=(self.fleet, self.stop), name="renew", daemon=True),
             ]
             try:
                 self.workshop.start()
@@ -113,7 +117,8 @@ class Daemon:
                     log.exception("receiving failed")
                 self.state["connected"] = False
                 self._failed(str(error))
-                self.stop.wait(pause)
+                seldom = isinstance(error, ConnectionFailed) and error.code in SHUT_OUT
+                self.stop.wait(SELDOM_S if seldom else pause)
                 pause = min(pause * 2, 30.0)
 
     def _join(self) -> None:

@@ -20,8 +20,8 @@ Asked = dict[str, Any]
 class Desk:
     """The answers; ``wake`` has the daemon look at its inbox."""
 
-    def __init__(self, visits: Visits, wake: Callable[[], None]) -> None:
-        self.visits, self.wake = visits, wake
+    def __init__(self, visits: Visits, wake: Callable[[], None], certificate_until: Callable[[], str]) -> None:
+        self.visits, self.wake, self.certificate_until = visits, wake, certificate_until
         self.config, self.home, self.plans, self.ledger = visits.config, visits.home, visits.plans, visits.ledger
         self.workshop, self.state = visits.workshop, visits.state
 
@@ -42,7 +42,8 @@ class Desk:
         waiting = sum(self.plans.stands(known, policy) == "pending" for known in self.plans.all())
         return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
                              "waiting": waiting, "worker_pid": self.workshop.pid,
-                             "confinement": self.workshop.found()}  # fmt: skip
+                             "confinement": self.workshop.found(),
+                             "certificate_until": self.certificate_until()}  # fmt: skip
 
     def statement(self, _: Asked) -> Asked:
         """What each data set has spent, on which runs, and what is left; and every charge."""

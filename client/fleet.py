@@ -4,7 +4,6 @@ It never asks for a run's FAB, so no code can arrive. Every name imported from f
 tests/client/test_fleet.py fails when a new flwr moves one.
 """
 
-import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -38,7 +37,8 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 
 from fedtailor import pki
-from fedtailor.errors import ConfigError, ConnectionFailed, WireError
+from fedtailor.client.connection import SAID, TIMEOUT_S, by_proxy, failed, tls
+from fedtailor.errors import ConnectionFailed, WireError
 
 HEARTBEAT_S = 10  # Flower's least; a site is taken for gone after twice that
 REFUSED = 100  # the code of every error we send; its reason is a code word
@@ -67,23 +67,34 @@ class Fleet:
     """A connection to the coordinator as a Flower node, over mutual TLS."""
 
     def __init__(self, server: str, keys: Path) -> None:
-        self.server = server
-        try:
-            context = ssl.create_default_context(cafile=str(keys / "ca.pem"))
-            context.minimum_version = ssl.TLSVersion.TLSv1_3
-            context.load_cert_chain(keys / "site.pem", keys / "site.key")
-        except (OSError, ssl.SSLError) as error:
-            raise ConfigError(
-                f"the keys in {keys} cannot be used: {error}; they are ca.pem, site.pem, site.key"
-            ) from error
+        self.server, self.keys = server, keys
+        self.context = tls(keys / "ca.pem", keys / "site.pem", keys / "site.key")
+        self.load()
         private = pki.load_key(keys / "site.key")
         self.public = public_key_to_bytes(private.public_key())
         interceptors: list[ProtobufClientInterceptor] = [
             RuntimeVersionHttpInterceptor(component_name="SuperNode"),
             NodeAuthHttpInterceptor(private, private.public_key()),
         ]
-        self.client = FleetHttpClient(f"https://{server}", interceptors=interceptors, verify=context, timeout=30.0)
+        with by_proxy():
+            self.client = FleetHttpClient(
+                f"https://{server}", interceptors=interceptors, verify=self.context, timeout=TIMEOUT_S
+            )
         self.node: Node | None = None
+
+    def load(self) -> None:
+        """Take up the certificate that lies in the folder of keys: for connections that are opened from now on."""
+        self.context.load_cert_chain(self.keys / "site.pem", self.keys / "site.key")
+        self.certificate = pki.read_certificate((self.keys / "site.pem").read_text())
+
+    def _failed(self, error: httpx.HTTPError) -> ConnectionFailed:
+        """What to say of a failed request. A site that is shut out has no session left to keep alive."""
+        made = failed(error, self.server)
+        if time.time() > pki.ends(self.certificate):
+            made = ConnectionFailed(SAID["expired"].format(server=self.server), code="expired")
+        if made.code in SAID:
+            self.node = None
+        return made
 
     def join(self, last_node_id: int | None) -> int:
         """Become online. A session that an earlier process of this site left open is ended first.
@@ -100,7 +111,7 @@ class Fleet:
             request = ActivateNodeRequest(public_key=self.public, heartbeat_interval=HEARTBEAT_S)
             self.node = Node(node_id=self.client.ActivateNode(request).node_id)
         except httpx.HTTPError as error:
-            raise ConnectionFailed(explain(error, self.server)) from error
+            raise self._failed(error) from error
         return int(self.node.node_id)
 
     def leave(self) -> None:
@@ -119,14 +130,14 @@ class Fleet:
             if not self.client.SendNodeHeartbeat(request).success:
                 raise ConnectionFailed("the coordinator no longer knows this site's session; joining again")
         except httpx.HTTPError as error:
-            raise ConnectionFailed(explain(error, self.server)) from error
+            raise self._failed(error) from error
 
     def receive(self) -> tuple[Envelope, str] | None:
         """The next message's envelope and root object, or None. The coordinator may hold the question for seconds."""
         try:
             answer = self.client.PullMessages(PullMessagesRequest(node=self.node))
         except httpx.HTTPError as error:
-            raise ConnectionFailed(explain(error, self.server)) from error
+            raise self._failed(error) from error
         if not answer.messages_list:
             return None
         meta = message_from_proto(answer.messages_list[0]).metadata
@@ -141,7 +152,7 @@ class Fleet:
                 try:
                     answer = self.client.PullObject(request)
                 except httpx.HTTPError as error:
-                    raise ConnectionFailed(explain(error, self.server)) from error
+                    raise self._failed(error) from error
                 if answer.object_available:
                     return answer.object_content
                 if not answer.object_found:
@@ -161,7 +172,7 @@ class Fleet:
         except httpx.HTTPStatusError:
             pass  # the run is over; the answer will be refused and forgotten
         except httpx.HTTPError as error:
-            raise ConnectionFailed(explain(error, self.server)) from error
+            raise self._failed(error) from error
 
     def answer(self, envelope: Envelope, content: RecordDict | str, seconds: float) -> int:
         """Send a reply: content, or an error's code word. Only the airlock calls this. Returns the bytes sent.
@@ -208,40 +219,11 @@ class Fleet:
                         raise Closed
         except httpx.HTTPStatusError as error:
             if error.response.status_code >= 500:  # its disk is full, or a proxy lost it: it may be sent again
-                raise ConnectionFailed(explain(error, self.server)) from error
+                raise self._failed(error) from error
             raise Closed from error
         except httpx.HTTPError as error:
-            raise ConnectionFailed(explain(error, self.server)) from error
+            raise self._failed(error) from error
         return sent
-
-
-def explain(error: httpx.HTTPError, server: str) -> str:
-    """Why a request failed, and what to check."""
-    if isinstance(error, httpx.HTTPStatusError):
-        status = error.response.status_code
-        if status == 401:
-            return (
-                f"{server} does not accept this site's signature: is the clock right, and is the site still admitted?"
-            )
-        if status == 412:
-            return f"{server} does not know this site's key, or still holds an earlier session (up to 20 s)"
-        if status >= 500:
-            return (
-                f"{server} has a problem of its own (HTTP {status}), a full disk perhaps: its operator's log says which"
-            )
-        return f"{server} answered HTTP {status}: is this a fedtailor coordinator?"
-    text = str(error)
-    if "CERTIFICATE_VERIFY_FAILED" in text:
-        return (
-            f"{server} shows a certificate that is not of this consortium (keys/ca.pem), or not for this name: {text}"
-        )
-    if "alert" in text.lower() and "certificate" in text.lower():
-        return f"{server} refuses this site's certificate: {text}"
-    if isinstance(error, httpx.ConnectError):
-        return (
-            f"{server} cannot be reached ({text}): is the name and port right, is the coordinator up, is there a proxy?"
-        )
-    return f"the connection to {server} failed: {type(error).__name__} {text}"
 
 
 def keep_beating(fleet: Fleet, lost: threading.Event, stop: threading.Event) -> None:

@@ -1,13 +1,14 @@
 """A site's own settings and rules. They live on the site's disk; the coordinator can neither push nor loosen them."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import yaml
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import PositiveInt, ValidationError
 
 from fedtailor.config import readable
 from fedtailor.errors import ConfigError
+from fedtailor.invitation import Address
 from fedtailor.policy import Policy
 from fedtailor.study import Frozen, Name
 
@@ -23,8 +24,8 @@ class SiteConfig(Frozen):
     """``site.yaml``."""
 
     site: Name
-    server: Annotated[str, Field(pattern=r"^[A-Za-z0-9.\-\[\]:]+:\d{1,5}$")]  # name:port
-    keys: Path = Path("keys")  # holds ca.pem, site.pem, site.key
+    server: Address
+    keys: Path = Path("keys")  # holds ca.pem, site.pem, site.key, plans.pub
     data: Data
     policy: Policy
     threads: PositiveInt = 1  # CPU threads for training

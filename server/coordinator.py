@@ -1,6 +1,7 @@
 """The coordinator: one process that listens to sites, runs studies one after another, and obeys its operator."""
 
 import ctypes
+import functools
 import gc
 import json
 import logging
@@ -13,14 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from cryptography import x509
-from flwr.supercore.primitives.asymmetric import public_key_to_bytes
-
 from fedtailor import control, pki, proposal
 from fedtailor.config import build
 from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.recipe import Recipe
 from fedtailor.seals import Public
+from fedtailor.server import renewal, roster
+from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
 from fedtailor.server.runs import DONE, Run
@@ -70,14 +70,16 @@ class Coordinator:
             self.bell = Bell()
             self.superlink = SuperLink(self.home.folder / "flower.db", self.home.folder / "transit")
             self.superlink.close_stale_runs()
-            for name, pem in self.home.admitted().items():
-                self._register(name, pem)
+            gate = Gate(self.home, self.superlink.admit)
+            gate.look()
+            renewal.renew(self.home)
             waiting: list[Run] = []
             for status in sorted((run.status() for run in self._runs()), key=lambda s: s.run):
                 if status.status not in DONE:
                     waiting.append(Run(self.home.studies / status.run))
-            app = public(self.superlink.app, self.bell)
-            self.server = serve(app, self.config.host, self.config.port, self.home.tls)
+            app = gated(public(self.superlink.app, self.bell), gate)
+            beside = functools.partial(renewal.keep_renewed, self.home)
+            self.server = serve(app, self.config.host, self.config.port, self.home.tls, beside)
             self.bell.ending = lambda: self.server.should_exit
             self.transport = described(self.server, bool(self.superlink.app.state.enable_supernode_auth))
             for run in waiting:
@@ -116,13 +118,6 @@ class Coordinator:
                 way = f"free it, or change host or port in {self.home.folder / 'server.yaml'}"
                 raise ConnectionFailed(f"cannot listen on {where}: {error.strerror}; {way}") from error
 
-    def _register(self, name: str, pem: str) -> None:
-        try:
-            key: Any = x509.load_pem_x509_certificate(pem.encode()).public_key()
-        except ValueError as error:
-            raise ConfigError(f"the certificate of site {name!r} cannot be read: {error}; restore it") from error
-        self.superlink.register(name, public_key_to_bytes(key))
-
     def _runs(self) -> list[Run]:
         return [Run(folder) for folder in self.home.studies.iterdir() if (folder / "plan.json").exists()]
 
@@ -138,11 +133,10 @@ class Coordinator:
     def _submit(self, request: dict[str, Any]) -> dict[str, Any]:
         """Queue a plan; it is refused here if it names a site, recipe or strategy that does not exist."""
         plan = Plan.parse(request["plan"])
-        unknown = [site for site in plan.sites if site not in self.home.admitted()]
+        admitted = roster.admitted(self.home)
+        unknown = [site for site in plan.sites if site not in admitted]
         if unknown:
-            raise ConfigError(
-                f"sites: {unknown} have not been admitted; make their kits with: fedtailor server init --site"
-            )
+            raise ConfigError(f"sites: {unknown} are not admitted; see: fedtailor server sites, invite, approve")
         build(plan.recipe, Recipe)
         build(plan.strategy, Strategy)
         days = float(request.get("days", 30.0))
@@ -155,14 +149,15 @@ class Coordinator:
         return {"run": run.name, "folder": str(run.folder)}
 
     def _keys(self, plan: Plan) -> dict[str, Public]:
-        admitted = self.home.admitted()
-        return {site: pki.key_in(admitted[site]) for site in plan.sites}
+        admitted = roster.admitted(self.home)
+        return {site: pki.read_key_text(admitted[site]) for site in plan.sites}
 
     def _list(self, _: dict[str, Any]) -> dict[str, Any]:
         return {"runs": [status._asdict() for status in sorted(run.status() for run in self._runs())]}
 
     def _status(self, _: dict[str, Any]) -> dict[str, Any]:
-        nodes = {name: node.online for name, node in self.superlink.nodes().items()}
+        known = self.superlink.nodes()
+        nodes = {name: name in known and known[name].online for name in roster.admitted(self.home)}
         address = f"{self.config.host}:{self.config.port}"
         return {"address": address, "sites": nodes, "transport": self.transport, "ready": self.server.started}
 

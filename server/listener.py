@@ -2,19 +2,23 @@
 
 import asyncio
 import gc
+import json
 import ssl
 import threading
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, MutableMapping
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from fedtailor.server.peers import PeerProtocol
+
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
+Beside = Callable[[ssl.SSLContext], Coroutine[Any, Any, None]]
 
 # Not here: register-node and unregister-node (a site is enrolled by people), get-run and get-fab (no code travels).
 FLEET = frozenset(
@@ -102,12 +106,12 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
             await app(scope, receive, send)
             return
         if path not in FLEET or method != "POST":
-            await _answer(send, 404)
+            await answer(send, 404)
             return
         headers = dict(scope["headers"])
         length = headers.get(b"content-length", b"")
         if not length.isdigit() or int(length) > LIMIT:  # a chunked body of unknown length is refused as well
-            await _answer(send, 413)
+            await answer(send, 413)
             return
         key = headers.get(b"flwr-public-key", b"")
         if path == PULL and empty.get(key) == bell.sent:
@@ -134,24 +138,44 @@ def public(app: App, bell: Bell, patience: float = 4.0) -> App:
     return guarded
 
 
-async def _answer(send: Send, status: int) -> None:
-    await send({"type": "http.response.start", "status": status, "headers": [(b"content-length", b"0")]})
-    await send({"type": "http.response.body", "body": b""})
+async def answer(send: Send, status: int, document: dict[str, Any] | None = None) -> None:
+    """Answer a request with a JSON document, or with nothing but a status."""
+    body = json.dumps(document).encode() if document is not None else b""
+    headers = [(b"content-length", b"%d" % len(body))]
+    if body:
+        headers.append((b"content-type", b"application/json"))
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
 
 
-def serve(app: App, host: str, port: int, tls: Path) -> uvicorn.Server:
+def serve(app: App, host: str, port: int, tls: Path, beside: Beside | None = None) -> uvicorn.Server:
     """An HTTPS server that gives a peer without a certificate of our CA no connection at all.
 
     Args:
         tls: folder with ``server.pem``, ``server.key`` and ``ca.pem``.
+        beside: what runs in the server's loop while it serves; it is given the server's TLS context.
     """
+
+    async def accompanied(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan" or beside is None or config.ssl is None:
+            await app(scope, receive, send)
+            return
+        task = asyncio.create_task(beside(config.ssl))
+        try:
+            await app(scope, receive, send)
+        finally:
+            task.cancel()
+
     config = uvicorn.Config(
-        app,
+        accompanied,
         host=host,
         port=port,
         log_level="warning",
         access_log=False,
         server_header=False,
+        proxy_headers=False,
+        http=PeerProtocol,
+        ws="none",
         ssl_keyfile=str(tls / "server.key"),
         ssl_certfile=str(tls / "server.pem"),
         ssl_ca_certs=str(tls / "ca.pem"),

@@ -102,6 +102,13 @@ class SuperLink:
         if node_id := self.state.get_node_id_by_public_key(public_key):
             self.state.delete_node(NOOP_FLWR_AID, node_id)
 
+    def admit(self, keys: dict[str, str], revoked: Iterable[str]) -> None:
+        """Know these keys (PEM) by their sites' names, and those no more."""
+        for key in revoked:
+            self.unregister(key.encode())
+        for name, key in keys.items():
+            self.register(name, key.encode())
+
     def nodes(self) -> dict[str, Node]:
         """Every registered site by name."""
         return {

@@ -1,26 +1,35 @@
 """A real deployment on loopback: the installed command, real processes, real TLS."""
 
+import functools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 
 from fedtailor import control
 from fedtailor.cli.demo import free_port
-from fedtailor.client.setup import set_up
+from fedtailor.cli.rehearsal import admit
+from fedtailor.client.connection import tls
+from fedtailor.client.joining import Settings
 from fedtailor.config import load
 from fedtailor.datasets import heart_disease, write_csv
 from fedtailor.errors import ConnectionFailed
 from fedtailor.privacy.planning import resolve
+from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home, ServerConfig
+from fedtailor.server.listener import Bell, public, serve, wait_until_started
+from fedtailor.server.renewal import keep_renewed
+from fedtailor.server.superlink import SuperLink
 from fedtailor.study import Plan
 
 torch.set_num_threads(1)
@@ -39,7 +48,7 @@ class Deployment:
         for site in sites:
             data = folder / f"{site}.csv"
             write_csv(sources[site].table(), data)
-            set_up(self.site_home(site), home.admit(site), data=data, studies=["heart"], epsilon=epsilon, delta=1e-4)
+            admit(home, site, self.site_home(site), Settings(data, ["heart"], epsilon, 1e-4))
             path = self.site_home(site) / "site.yaml"
             path.write_text(
                 path.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n  approval: policy\n")
@@ -123,6 +132,51 @@ class Deployment:
                 process.wait()
 
 
+class Hub:
+    """A coordinator's public port in this process: real TLS, the gate, and Flower's SuperLink behind it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder, Home(folder / "hub")
+        self.home.init(ServerConfig(name="test", hosts=("127.0.0.1", "localhost")))
+        self.link = SuperLink(folder / "flower.db", folder / "transit")
+        self.gate = Gate(self.home, self.link.admit)
+        app = gated(public(self.link.app, Bell(), patience=0.0), self.gate)
+        self.server = serve(app, "127.0.0.1", 0, self.home.tls, functools.partial(keep_renewed, self.home))
+        self.thread = threading.Thread(target=self.server.run)
+        self.thread.start()
+        assert wait_until_started(self.server)
+        port = self.server.servers[0].sockets[0].getsockname()[1]
+        self.address = f"127.0.0.1:{port}"
+        config = self.home.folder / "server.yaml"
+        config.write_text(config.read_text().replace("port: 8443", f"port: {port}"))
+
+    def settings(self) -> Settings:
+        (self.folder / "data.csv").touch()
+        return Settings(self.folder / "data.csv", ["heart"], 3.0, 1e-4)
+
+    def admit(self, site: str) -> Path:
+        """Admit a site; the folder of its keys."""
+        admit(self.home, site, self.folder / site, self.settings())
+        return self.folder / site / "keys"
+
+    def client(self, keys: Path, stem: str = "site") -> httpx.Client:
+        context = tls(keys / "ca.pem", keys / f"{stem}.pem", keys / f"{stem}.key")
+        return httpx.Client(base_url=f"https://{self.address}", verify=context, trust_env=False)
+
+    def stop(self) -> None:
+        self.server.should_exit = True
+        self.thread.join()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A coordinator's public port in this process."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    made = Hub(tmp_path)
+    yield made
+    made.stop()
+
+
 @pytest.fixture(scope="session")
 def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """Two hospitals and a coordinator, running: one for all tests, each of which leaves it running."""
@@ -134,15 +188,25 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         made.stop()
 
 
-@pytest.fixture
-def lay_out(tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
-    """Make a deployment of a test's own, nothing of it started; what the test starts is stopped."""
+def laid_out(folder: Path) -> Iterator[Callable[..., Deployment]]:
     made: list[Deployment] = []
 
     def make(*sites: str) -> Deployment:
-        made.append(Deployment(tmp_path, sites))
+        made.append(Deployment(folder, sites))
         return made[-1]
 
     yield make
     for one in made:
         one.stop()
+
+
+@pytest.fixture
+def lay_out(tmp_path: Path) -> Iterator[Callable[..., Deployment]]:
+    """Make a deployment of a test's own, nothing of it started; what the test starts is stopped."""
+    yield from laid_out(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def lay_out_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Deployment]]:
+    """The same, for all tests of a module."""
+    yield from laid_out(tmp_path_factory.mktemp("module"))

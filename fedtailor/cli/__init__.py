@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from fedtailor.cli import approval, client, demo, server, simulate
+from fedtailor.cli import approval, client, demo, roster, server, simulate
 from fedtailor.errors import ConfigError, FedtailorError, RefusedError
 
 app = typer.Typer(
@@ -15,6 +15,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+for command in (roster.invite, roster.sites, roster.approve, roster.deny, roster.revoke):
+    server.app.command()(command)
 app.add_typer(server.app, name="server")
 app.add_typer(client.app, name="client")
 approval.add_to(client.app)

@@ -1,5 +1,6 @@
 """``fedtailor client``: what a site does."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from fedtailor.cli import audit
 from fedtailor.cli.options import SITE_HOME, Json, SiteHome, log_to_stderr, show, table
+from fedtailor.errors import ConfigError
 
 app = typer.Typer(help="Run a site's daemon, and see what it does.", no_args_is_help=True)
 app.add_typer(audit.app, name="audit")
@@ -22,22 +24,70 @@ def ask(home: Path, method: str, request: dict[str, Any] | None = None, timeout:
 
 @app.command()
 def join(
-    kit: Annotated[Path, typer.Argument(help="The kit folder that the coordinator's operator handed over.")],
-    data: Annotated[Path, typer.Option(help="The site's table, a CSV file.")],
-    study: Annotated[list[str], typer.Option(help="A study that this site takes part in; repeatable.")],
-    epsilon: Annotated[float, typer.Option(help="The most epsilon the data set may ever spend.", min=0)],
+    url: Annotated[
+        str | None, typer.Argument(help="https://name:port of the coordinator; default: the invitation's.")
+    ] = None,
+    invitation: Annotated[
+        Path | None, typer.Option(help="The file that the operator handed over; - to paste its text.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="The site's table, a CSV file.")] = None,
+    study: Annotated[list[str] | None, typer.Option(help="A study that this site takes part in; repeatable.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="The most epsilon the data set may ever spend.", min=0)] = None,
     delta: Annotated[float, typer.Option(help="The greatest delta.", min=0, max=0.1)] = 1e-4,
+    new_key: Annotated[bool, typer.Option("--new-key", help="Make a new key: after a revocation, say.")] = False,
+    wait: Annotated[bool, typer.Option(help="Wait until the operator approves; run it again to come back.")] = True,
     home: SiteHome = SITE_HOME,
     json: Json = False,
 ) -> None:
-    """Set this site up from a kit: keys, settings, and a policy of its own."""
-    from fedtailor.client.setup import set_up
+    """Join a consortium: make this site's key, ask for its certificate, and write settings and a policy of its own.
 
-    config = set_up(home, kit, data=data, studies=study, epsilon=epsilon, delta=delta)
-    if not show(config.model_dump(mode="json"), json):
+    A site that is set up already, and whose certificate has expired or was revoked, joins anew with a fresh invitation
+    and without --data, --study and --epsilon: its settings, its policy and its ledger stay.
+    """
+    from fedtailor.client import joining
+
+    progress = Console(stderr=True, soft_wrap=True)
+
+    def say(it: joining.Joining) -> None:
+        progress.print(
+            f"this site's key:      {it.fingerprint}\nthe consortium's CA:  {it.ca_fingerprint}\n"
+            f"compare both with the operator of {it.server} by telephone, who then runs: fedtailor server approve "
+            f"{it.invitation.site}",
+            highlight=False,
+        )
+
+    settings = None
+    if data is not None and study and epsilon is not None:
+        settings = joining.Settings(data, study, epsilon, delta)
+    elif data is not None or study or epsilon is not None:
+        raise ConfigError("--data, --study and --epsilon go together")
+    text = None if invitation is None else _read_invitation(invitation)
+    server = None if url is None else joining.address(url)
+    with progress.status("waiting for the operator's approval; Ctrl-C leaves, and running it again comes back"):
+        config = joining.join(home, text, settings, server=server, new_key=new_key, wait=wait, say=say)
+    if config is None:
+        if not show({"status": "waiting", "home": str(home.resolve())}, json):
+            Console().print(f"asked; come back with: fedtailor client join --home {home}")
+    elif not show({"status": "admitted"} | config.model_dump(mode="json"), json):
         Console().print(
             f"{config.site} is set up in {home.resolve()}; read site.yaml, then: fedtailor client up --home {home}"
         )
+
+
+def _read_invitation(path: Path) -> str:
+    from fedtailor.invitation import END
+
+    try:
+        if str(path) == "-":
+            lines = []
+            for line in sys.stdin:
+                lines.append(line)
+                if END in line:
+                    break
+            return "".join(lines)
+        return path.read_text(encoding="ascii", errors="replace")
+    except OSError as error:
+        raise ConfigError(f"--invitation {path} cannot be read: {error.strerror}") from error
 
 
 @app.command()
@@ -67,6 +117,7 @@ def status(home: SiteHome = SITE_HOME, json: Json = False) -> None:
             ],
             ["epsilon left", budget["left"]],
             ["bytes sent", answer["bytes_sent"]],
+            ["certificate until", answer["certificate_until"]],
             ["last problem", answer["last_error"]],
             *([f"worker: {name}", text] for name, text in Confinement(**answer["confinement"] or {}).rows()),
         ]

@@ -3,13 +3,15 @@
 import ctypes
 import json as jsonlib
 import os
+import queue
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Annotated, Any
@@ -19,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedtailor.cli.options import Json, show
+from fedtailor.cli.server import ask
 from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError
 
 MARKER = ".fedtailor-demo"
@@ -46,14 +49,12 @@ class Processes:
 
     def start(self, name: str, *arguments: str) -> None:
         """Start ``fedtailor …`` in the background, with its log in ``logs``."""
-        environment = os.environ | {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}
         with (self.logs / f"{name}.log").open("wb") as log:
             self.running[name] = subprocess.Popen(
                 [sys.executable, "-m", "fedtailor", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment,
                 start_new_session=True,  # Ctrl-C reaches this process only, which then ends them in order
                 preexec_fn=_die_with_parent,
             )
@@ -98,16 +99,15 @@ def demo(overrides: Overrides = None, out: Out = Path("outputs/demo"), json: Jso
     console = Console(stderr=True)
     plan = load(["study=heart", *(overrides or [])]).plan
     folder = _fresh(out)
-    port = free_port()
-    with console.status("making keys and data"):
-        kits = _server(folder, port, plan.sites)
-        _sites(folder, kits, plan.sites, plan)
+    os.environ |= {"NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}  # children inherit it
     with Processes(folder / "logs") as processes:
-        with console.status("starting one coordinator and four hospitals"):
+        with console.status("starting one coordinator; four hospitals join it, each with a key of its own"):
+            _server(folder)
             processes.start("server", "server", "up", "--home", str(folder / "server"))
-            for site in plan.sites:
+            for site in _joined(folder, plan, _data(folder, plan.sites), processes):
                 processes.start(site, "client", "up", "--home", str(folder / "sites" / site))
-            _wait_until_connected(folder / "server", plan.sites, processes)
+            connected = "not all hospitals connected"
+            _until(lambda: all(ask(folder / "server", "Status")["sites"].values()), processes, connected)
         console.print(f"{len(plan.sites)} hospitals connected over mutual TLS after {time.monotonic() - began:.1f} s")
         run = _follow(folder / "server", ["study=heart", *(overrides or [])], plan.rounds, processes, console)
     produced = folder / "server" / "studies" / run
@@ -146,50 +146,85 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _server(folder: Path, port: int, sites: Sequence[str]) -> dict[str, Path]:
+def _server(folder: Path) -> None:
     from fedtailor.server.home import Home, ServerConfig
 
-    home = Home(folder / "server")
-    home.init(ServerConfig(name="demo", host="127.0.0.1", port=port, hosts=("127.0.0.1", "localhost")))
-    return {site: home.admit(site) for site in sites}
+    config = ServerConfig(name="demo", host="127.0.0.1", port=free_port(), hosts=("127.0.0.1", "localhost"))
+    Home(folder / "server").init(config)
 
 
-def _sites(folder: Path, kits: dict[str, Path], sites: Sequence[str], plan: Any) -> None:
-    import yaml
-
-    from fedtailor.client.setup import set_up
+def _data(folder: Path, sites: Sequence[str]) -> dict[str, Path]:
     from fedtailor.datasets import heart_disease, write_csv
 
-    sources = heart_disease()
-    epsilon = plan.privacy.epsilon if plan.privacy else 1.0
-    delta = plan.privacy.delta if plan.privacy else 1e-4
+    sources, written = heart_disease(), {}
+    (folder / "data").mkdir()
     for site in sites:
         if site not in sources:
             raise ConfigError(f"sites: the demo has data for {', '.join(sources)}, not for {site!r}")
-        home, data = folder / "sites" / site, folder / "data" / f"{site}.csv"
-        data.parent.mkdir(exist_ok=True)
-        write_csv(sources[site].table(), data)
-        set_up(home, kits[site], data=data, studies=[plan.study], epsilon=epsilon, delta=delta)
-        if plan.privacy is None:  # the site says so itself, in its own policy
-            raw = yaml.safe_load((home / "site.yaml").read_text())
-            raw["policy"]["without_privacy"] = True
-            (home / "site.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+        written[site] = folder / "data" / f"{site}.csv"
+        write_csv(sources[site].table(), written[site])
+    return written
 
 
-def _wait_until_connected(home: Path, sites: Sequence[str], processes: Processes, timeout: float = 120.0) -> None:
-    from fedtailor.cli.server import ask
+def _joined(folder: Path, plan: Any, data: dict[str, Path], processes: Processes) -> Iterator[str]:
+    """Invite all hospitals; each joins over the network, at the same time; yields each that is admitted."""
+    from fedtailor.server import roster
+    from fedtailor.server.home import Home
 
+    home, ended = Home(folder / "server"), queue.Queue[tuple[str, Exception | None]]()
+    up = threading.Event()
+
+    def take_part(site: str, invitation: str) -> None:
+        try:
+            _join(folder / "sites" / site, invitation, plan, data[site], home, up)
+            ended.put((site, None))
+        except Exception as error:  # raised again below, in the main thread
+            ended.put((site, error))
+
+    for site in data:
+        text = roster.invite(home, site).text()
+        threading.Thread(target=take_part, args=(site, text), name=f"join {site}", daemon=True).start()
+    _until(lambda: bool(ask(home.folder, "Status")["ready"]), processes, "the coordinator did not start")
+    up.set()
+    for _ in data:
+        site, error = ended.get(timeout=120)
+        processes.check()
+        if error is not None:
+            raise error
+        yield site
+
+
+def _join(folder: Path, invitation: str, plan: Any, data: Path, home: Any, up: threading.Event) -> None:
+    """One hospital, and the operator's answer to it, as soon as the coordinator is up."""
+    import yaml
+
+    from fedtailor.client.joining import Joining, Settings, join
+    from fedtailor.server import roster
+
+    def compared(it: Joining) -> None:  # what two people do by telephone
+        roster.approve(home, it.invitation.site, it.fingerprint)
+
+    privacy = plan.privacy
+    up.wait()
+    settings = Settings(data, [plan.study], privacy.epsilon if privacy else 1.0, privacy.delta if privacy else 1e-4)
+    join(folder, invitation, settings, say=compared)
+    if privacy is None:  # the site says so itself, in its own policy
+        raw = yaml.safe_load((folder / "site.yaml").read_text())
+        raw["policy"]["without_privacy"] = True
+        (folder / "site.yaml").write_text(yaml.safe_dump(raw, sort_keys=False))
+
+
+def _until(condition: Callable[[], bool], processes: Processes, otherwise: str, timeout: float = 120.0) -> None:
     end = time.monotonic() + timeout
     while time.monotonic() < end:
         processes.check()
         try:
-            status = ask(home, "Status")
-            if all(status["sites"].get(site) for site in sites):
+            if condition():
                 return
         except ConnectionFailed:
             pass  # it is still starting
         time.sleep(0.2)
-    raise ConnectionFailed(f"not all hospitals connected within {timeout:.0f} s; the logs are in {processes.logs}")
+    raise ConnectionFailed(f"{otherwise} within {timeout:.0f} s; the logs are in {processes.logs}")
 
 
 def _approve(sites: Path, names: Sequence[str], run: str, processes: Processes, console: Console) -> None:
@@ -212,7 +247,6 @@ def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes,
     import yaml
 
     from fedtailor import control
-    from fedtailor.cli.server import ask
     from fedtailor.config import load
     from fedtailor.privacy.planning import resolve
 

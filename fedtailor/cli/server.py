@@ -28,29 +28,24 @@ def init(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="The one public port.", min=1, max=65535)] = 8443,
     reach: Annotated[list[str] | None, typer.Option(help="A name or address that sites use; repeatable.")] = None,
-    site: Annotated[list[str] | None, typer.Option(help="Admit a site and make its kit; repeatable.")] = None,
     json: Json = False,
 ) -> None:
-    """Make the consortium's CA, the server's certificate and a kit of keys for each site."""
+    """Make the consortium's CA, the server's certificate, and the key that signs plans."""
     from pydantic import ValidationError
 
     from fedtailor.config import readable
     from fedtailor.errors import ConfigError
     from fedtailor.server.home import Home, ServerConfig
 
+    try:
+        hosts = tuple(reach) if reach else ("localhost", "127.0.0.1")
+        config = ServerConfig(name=name, host=host, port=port, hosts=hosts)
+    except ValidationError as error:
+        raise ConfigError(readable(error)) from error
     made = Home(home)
-    if not (made.folder / "server.yaml").exists() or not site:
-        try:
-            hosts = tuple(reach) if reach else ("localhost", "127.0.0.1")
-            config = ServerConfig(name=name, host=host, port=port, hosts=hosts)
-        except ValidationError as error:
-            raise ConfigError(readable(error)) from error
-        made.init(config)
-    kits = {one: str(made.admit(one)) for one in site or []}
-    if not show({"home": str(made.folder), "kits": kits}, json):
-        Console().print(f"coordinator's home: {made.folder}")
-        for one, kit in kits.items():
-            Console().print(f"kit for {one}: {kit} (hand it over on a safe way, then delete it here)")
+    made.init(config)
+    if not show({"home": str(made.folder)}, json):
+        Console().print(f"coordinator's home: {made.folder}; invite each site with: fedtailor server invite NAME")
 
 
 @app.command()

@@ -18,7 +18,7 @@ from pydantic import BaseModel
 import fedtailor.client
 from fedtailor import pki, wire
 from fedtailor.client import fleet as fleets
-from fedtailor.client.fleet import Closed, Envelope, Fleet, explain, keep_beating
+from fedtailor.client.fleet import Closed, Envelope, Fleet, keep_beating
 from fedtailor.errors import ConfigError, ConnectionFailed, WireError
 from fedtailor.server.listener import FLEET, Bell, public
 from fedtailor.server.superlink import SuperLink
@@ -191,33 +191,6 @@ def test_a_clock_that_is_an_hour_off_is_explained(connect, monkeypatch, hours):
         with pytest.raises(ConnectionFailed, match="is the clock right"):
             fleet.join(None)
     assert fleet.join(None)
-
-
-# --- what a person is told ---
-
-
-def answered(status):
-    request = httpx.Request("POST", "https://hub.example/")
-    return httpx.HTTPStatusError("", request=request, response=httpx.Response(status, request=request))
-
-
-ADVICE = [
-    (answered(401), "is the clock right, and is the site still admitted"),
-    (answered(412), "does not know this site's key, or still holds an earlier session"),
-    (answered(404), "HTTP 404: is this a fedtailor coordinator"),
-    (answered(507), "has a problem of its own (HTTP 507)"),
-    (httpx.ConnectError("[SSL: CERTIFICATE_VERIFY_FAILED] unable to get issuer"), "not of this consortium"),
-    (httpx.ReadError("[SSL: TLSV13_ALERT_CERTIFICATE_REQUIRED] alert certificate"), "refuses this site's certificate"),
-    (httpx.ConnectError("[Errno 111] Connection refused"), "is the name and port right, is the coordinator up"),
-    (httpx.ReadTimeout("timed out"), "failed: ReadTimeout timed out"),
-]
-
-
-@pytest.mark.parametrize("error,advice", ADVICE)
-def test_each_failure_comes_with_what_to_check(error, advice):
-    text = explain(error, "hub.example:8443")
-    assert advice in text and "hub.example:8443" in text
-    assert [a for _, a in ADVICE if a in text] == [advice]
 
 
 @pytest.mark.parametrize("damage", ["missing", "garbage", "another key", "readable"])

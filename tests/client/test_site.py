@@ -1,4 +1,4 @@
-"""A site's own rules: no policy, no work; each rule refuses by name; setting up never overwrites anything."""
+"""A site's own rules: no policy, no work; what is wrong is named."""
 
 import re
 import stat
@@ -7,13 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedtailor import pki
-from fedtailor.client.setup import set_up
 from fedtailor.client.site import Home, SiteConfig
 from fedtailor.errors import ConfigError
 from fedtailor.policy import Policy
-from fedtailor.server.home import Home as ServerHome
-from fedtailor.server.home import ServerConfig
 
 RAW = {
     "site": "a",
@@ -88,80 +84,6 @@ def test_the_state_is_its_owners_alone(tmp_path):
     it.make()  # again, at the next start
     for folder in (it.folder, it.state, it.inbox, it.outbox, it.memory):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-
-
-# --- setting up ---
-
-
-@pytest.fixture(scope="module")
-def issued(tmp_path_factory):
-    """A kit, as the operator's command makes it."""
-    server = ServerHome(tmp_path_factory.mktemp("server"))
-    server.init(ServerConfig(name="test", hosts=("hub.example",)))
-    return server.admit("a")
-
-
-@pytest.fixture
-def kit(issued, tmp_path):
-    """A copy of it, and a table."""
-    folder = tmp_path / "kit"
-    folder.mkdir()
-    for path in issued.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
-    (tmp_path / "data.csv").write_text("age\n")
-    return folder
-
-
-def set_up_from(kit, **changed):
-    given = {"data": kit.parent / "data.csv", "studies": ["heart"], "epsilon": 3.0, "delta": 1e-5}
-    return set_up(kit.parent / "site", kit, **given | changed)
-
-
-def test_a_kit_becomes_a_site(kit):
-    config = set_up_from(kit)
-    it = Home(kit.parent / "site")
-    assert it.config() == config.model_copy(update={"keys": it.folder / "keys"})
-    assert (config.site, config.server, config.data.path) == ("a", "hub.example:8443", kit.parent / "data.csv")
-    assert (config.policy.epsilon, config.policy.delta, config.policy.studies) == (3.0, 1e-5, ("heart",))
-    assert not config.policy.without_privacy
-    assert {p.name: stat.S_IMODE(p.stat().st_mode) for p in (it.folder / "keys").iterdir()} == {
-        "ca.pem": 0o600, "plans.pub": 0o600, "site.pem": 0o600, "site.key": 0o600}  # fmt: skip
-    assert pki.load_key(it.folder / "keys" / "site.key")
-
-
-def test_a_site_that_is_set_up_is_left_alone(kit):
-    set_up_from(kit)
-    before = {p: p.read_bytes() for p in (kit.parent / "site").rglob("*") if p.is_file()}
-    with pytest.raises(ConfigError, match="site.yaml exists"):
-        set_up_from(kit, epsilon=100.0)
-    assert {p: p.read_bytes() for p in (kit.parent / "site").rglob("*") if p.is_file()} == before
-
-
-@pytest.mark.parametrize("name", ["kit.yaml", "ca.pem", "site.pem", "site.key"])
-def test_an_incomplete_kit_is_named_and_can_be_completed(kit, name):
-    whole = (kit / name).read_bytes()
-    (kit / name).unlink()
-    with pytest.raises(ConfigError, match=name.replace(".", r"\.")):
-        set_up_from(kit)
-    assert not (kit.parent / "site" / "site.yaml").exists()
-    (kit / name).write_bytes(whole)
-    assert set_up_from(kit).site == "a"
-
-
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"site: a", b"7", b"\xff\xfe"])
-def test_a_kit_yaml_that_says_too_little_is_named(kit, text):
-    (kit / "kit.yaml").write_bytes(text)
-    with pytest.raises(ConfigError, match="is not a site's kit|server"):
-        set_up_from(kit)
-
-
-@pytest.mark.parametrize("field,changed", [("epsilon", {"epsilon": 0.0}), ("delta", {"delta": 0.5}),
-                         ("--data", {"data": "nowhere.csv"}), ("studies", {"studies": []})])  # fmt: skip
-def test_what_is_missing_or_out_of_range_is_named(kit, field, changed):
-    given = changed if field != "--data" else {"data": kit / "nowhere.csv"}
-    with pytest.raises(ConfigError, match=field):
-        set_up_from(kit, **given)
-    assert not (kit.parent / "site").exists()
 
 
 def test_the_site_yaml_in_the_guide_is_one():

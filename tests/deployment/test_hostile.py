@@ -1,6 +1,8 @@
 """What an attacker on the network, at another site, or with Flower's own tools can reach: nothing."""
 
+import base64
 import hashlib
+import json
 import secrets
 import socket
 import ssl
@@ -12,6 +14,7 @@ import pytest
 import torch
 from cryptography.hazmat.primitives.asymmetric import ec
 from flwr.proto.control_pb2 import ListRunsRequest, StartRunRequest
+from flwr.proto.node_pb2 import Node
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from safetensors.torch import load, save
@@ -19,6 +22,9 @@ from safetensors.torch import load, save
 from fedtailor import pki, wire
 from fedtailor.client.fleet import Fleet
 from fedtailor.errors import ConnectionFailed
+from fedtailor.invitation import ENROL, RENEW
+from fedtailor.server import roster
+from fedtailor.server.home import Home
 from fedtailor.server.listener import FLEET
 from fedtailor.server.superlink import SuperLink
 from fedtailor.wire import Report, Visit
@@ -36,26 +42,45 @@ def site(deployment):
         yield client
 
 
-def test_only_the_fleet_routes_and_health_answer(deployment, site, tmp_path):
-    """The whole route table of Flower's app, and every method of it."""
+@pytest.fixture
+def invited(deployment, tmp_path):
+    """An HTTPS client with an invitation."""
+    home = Home(deployment.server_home)
+    made = roster.invite(home, "mallory")
+    (tmp_path / "ca.pem").write_text(made.ca)
+    (tmp_path / "both.pem").write_text(made.key + made.certificate)
+    context = ssl.create_default_context(cafile=str(tmp_path / "ca.pem"))
+    context.load_cert_chain(tmp_path / "both.pem")
+    with httpx.Client(base_url=f"https://127.0.0.1:{deployment.port}", verify=context, trust_env=False) as client:
+        yield client
+    roster.deny(home, "mallory")
+
+
+def test_only_the_fleet_routes_renewal_and_health_answer(deployment, site, invited, tmp_path):
+    """The whole route table of Flower's app, and every method of it: for a site, and for who has an invitation."""
     app = SuperLink(tmp_path / "flower.db", tmp_path / "transit").app
     paths = set(app.openapi()["paths"]) | {getattr(route, "path", "/") for route in app.routes}
     assert {"/v1/fleet/get-fab", "/v1/fleet/register-node"} <= paths and any("/control/" in path for path in paths)
-    for path in sorted(paths | {"/docs", "/openapi.json", "/"}):
+    for path in sorted(paths | {"/docs", "/openapi.json", "/", ENROL, RENEW}):
         for method in ("GET", "POST", "PUT", "DELETE", "OPTIONS", "HEAD", "PATCH"):
-            status = site.request(method, path.replace("{", "").replace("}", "")).status_code
+            plain = path.replace("{", "").replace("}", "")
+            status = invited.request(method, plain).status_code
+            assert status == (400 if (method, path) == ("POST", ENROL) else 404), (method, path, status)
+            status = site.request(method, plain).status_code
             if path == "/health" and method in ("GET", "HEAD"):
                 assert status == 200
-            elif path in FLEET and method == "POST":
+            elif path in FLEET | {RENEW} and method == "POST":
                 assert status in (400, 401, 413, 415, 422), (path, status)
             else:
                 assert status == 404, (method, path, status)
 
 
-def test_a_request_of_unknown_or_great_length_is_refused(site):
+def test_a_request_of_unknown_or_great_length_is_refused(deployment, site):
     path = "/v1/fleet/push-object"
-    assert site.post(path, content=b"x" * (9 * 2**20)).status_code == 413
-    assert site.post(path, content=iter([b"x"])).status_code == 413
+    key = base64.b64encode(pki.key_text(pki.public_key(deployment.site_home("va") / "keys" / "site.pem")).encode())
+    headers = {"flwr-public-key": key.decode()}
+    assert site.post(path, content=b"x" * (9 * 2**20), headers=headers).status_code == 413
+    assert site.post(path, content=iter([b"x"]), headers=headers).status_code == 413
 
 
 def test_a_peer_without_a_certificate_of_the_ca_gets_no_connection(deployment, tmp_path):
@@ -85,6 +110,19 @@ def test_a_node_key_that_was_not_registered_is_refused(deployment):
     fleet.client._interceptors = (NodeAuthHttpInterceptor(key, key.public_key()),)
     with pytest.raises(ConnectionFailed):
         fleet.join(None)
+
+
+def test_a_session_stolen_from_another_site_is_of_no_use(deployment):
+    """With VA's certificate, and all of Cleveland's key and session."""
+    fleet = Fleet(f"127.0.0.1:{deployment.port}", deployment.site_home("va") / "keys")
+    key = pki.load_key(deployment.site_home("cleveland") / "keys" / "site.key")
+    fleet.public = public_key_to_bytes(key.public_key())
+    fleet.client._interceptors = (NodeAuthHttpInterceptor(key, key.public_key()),)
+    state = json.loads((deployment.site_home("cleveland") / "state" / "node.json").read_text())
+    fleet.node = Node(node_id=state["node_id"])
+    for act in (fleet.receive, fleet.beat):
+        with pytest.raises(ConnectionFailed, match="does not accept this site's signature"):
+            act()
 
 
 def test_a_server_of_another_consortium_is_not_trusted(deployment, tmp_path):
@@ -137,8 +175,6 @@ class Cheat(threading.Thread):
 
     @staticmethod
     def node(deployment):
-        import json
-
         return int(json.loads((deployment.site_home("va") / "state" / "node.json").read_text())["node_id"])
 
     def run(self):

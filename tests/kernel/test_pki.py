@@ -5,6 +5,7 @@ import hashlib
 import ipaddress
 import ssl
 import stat
+import time
 
 import pytest
 from cryptography import x509
@@ -13,7 +14,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from fedtailor import pki
-from fedtailor.errors import ConfigError
+from fedtailor.errors import ConfigError, WireError
 
 HOSTS = ["hub.example.org", "localhost", "127.0.0.1", "::1"]
 PEM = serialization.Encoding.PEM
@@ -131,7 +132,7 @@ def test_certificates_say_what_they_are(made):
     assert len({c.serial_number for c in (ca, server, site)}) == 3
 
 
-@pytest.mark.parametrize(("name", "days"), [("ca.pem", 3650), ("server.pem", 90), ("kit/site.pem", 90)])
+@pytest.mark.parametrize(("name", "days"), [("ca.pem", 3650), ("server.pem", 30), ("kit/site.pem", 30)])
 def test_a_certificate_is_good_from_now_with_slack_for_clocks(made, name, days):
     certificate = read(made / "ours" / name)
     lasts = certificate.not_valid_after_utc - certificate.not_valid_before_utc
@@ -200,5 +201,49 @@ def test_what_is_not_a_key_is_named(tmp_path):
 def test_a_fingerprint_is_sha_256_in_groups_to_read_aloud(made):
     path = made / "ours" / "server.pem"
     der = read(path).public_bytes(serialization.Encoding.DER)
-    assert pki.fingerprint(path).replace(" ", "") == hashlib.sha256(der).hexdigest()
-    assert [len(group) for group in pki.fingerprint(path).split()] == [4] * 16
+    assert pki.fingerprint(read(path)).replace(" ", "") == hashlib.sha256(der).hexdigest()
+    assert [len(group) for group in pki.fingerprint(read(path)).split()] == [4] * 16
+
+
+def test_a_certificate_is_checked_for_ca_key_and_name(made, tmp_path):
+    ours, key = made / "ours", pki.new_key().public_key()
+    good, ca = pki.sign(ours, key, "va", "site", days=1), (ours / "ca.pem").read_text()
+    pki.check_issued(good, ca, key, "va")
+    theirs = pki.sign(made / "theirs", key, "va", "site", days=1)
+    for pem, of, name, words in [
+        (theirs, key, "va", "its CA has not signed"),
+        ("nothing", key, "va", "its CA has not signed"),
+        (good, pki.new_key().public_key(), "va", "that is not va's"),
+        (good, key, "b", "that is not b's"),
+    ]:
+        with pytest.raises(WireError, match=words) as error:
+            pki.check_issued(pem, ca, of, name)
+        assert error.value.code == "certificate"
+
+
+def test_an_invitation_says_what_it_is_and_is_a_peer_like_a_site(made):
+    ours, key = made / "ours", pki.new_key()
+    write_key(ours / "guest.key", key)
+    (ours / "guest.pem").write_text(pki.sign(ours, key.public_key(), "va", "invitation", days=1))
+    assert pki.is_invitation(read(ours / "guest.pem")) and pki.common_name(read(ours / "guest.pem")) == "va"
+    assert not pki.is_invitation(read(ours / "kit" / "site.pem")) and not pki.is_invitation(read(ours / "server.pem"))
+    handshake(ours, ours / "server", ours / "guest")
+
+
+@pytest.mark.parametrize("days", [30, 9 / 86400])
+def test_a_certificate_is_due_at_two_thirds_of_the_life_it_has_or_should_have(made, days):
+    now = time.time()
+    certificate = pki.read_certificate(pki.sign(made / "ours", pki.new_key().public_key(), "va", "site", days=days))
+    life = days * 86400
+    assert pki.ends(certificate) == pytest.approx(now + life, abs=3)
+    assert pki.due(certificate) == pytest.approx(now + 2 / 3 * life, abs=3)
+    assert pki.due(certificate, 0.5, 2 * days) == pytest.approx(now + life / 2, abs=3)
+    assert pki.due(certificate, days=days / 3) == pytest.approx(now + 2 / 9 * life, abs=3)
+
+
+def test_equal_keys_have_equal_texts_and_fingerprints():
+    key = pki.new_key()
+    again = pki.read_key_text(pki.key_text(key.public_key()))
+    assert again == key.public_key() and pki.fingerprint(again) == pki.fingerprint(key.public_key())
+    der = again.public_bytes(serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo)
+    assert pki.fingerprint(again).replace(" ", "") == hashlib.sha256(der).hexdigest()

@@ -7,9 +7,7 @@ import stat
 
 import pytest
 import torch
-import yaml
 
-from fedtailor import pki
 from fedtailor.config import load
 from fedtailor.errors import ConfigError, StoreError
 from fedtailor.server.home import Home, ServerConfig
@@ -38,10 +36,9 @@ def run(tmp_path):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A coordinator's home that admitted site a."""
+    """A coordinator's home."""
     home = Home(tmp_path_factory.mktemp("home"))
     home.init(ServerConfig(name="test", port=1234, hosts=("hub.example", "127.0.0.1")))
-    home.admit("a")
     return home
 
 
@@ -192,37 +189,6 @@ def test_a_home_is_made_once_and_its_ca_is_never_replaced(made):
     (made.folder / "kept").rename(made.folder / "server.yaml")
     assert (made.tls / "ca.key").read_bytes() == ca and stat.S_IMODE(made.folder.stat().st_mode) == 0o700
     assert made.config() == ServerConfig(name="test", port=1234, hosts=("hub.example", "127.0.0.1"))
-
-
-def test_a_site_is_admitted_once_with_a_kit(made):
-    kit = made.kits / "a"
-    assert {p.name for p in kit.iterdir()} == {"kit.yaml", "site.key", "site.pem", "ca.pem", "plans.pub"}
-    assert yaml.safe_load((kit / "kit.yaml").read_text()) == {"site": "a", "server": "hub.example:1234"}
-    assert made.admitted() == {"a": (kit / "site.pem").read_text()}
-    key = (kit / "site.key").read_bytes()
-    with pytest.raises(ConfigError, match="'a' has been admitted already"):
-        made.admit("a")
-    assert (kit / "site.key").read_bytes() == key
-    assert json.loads((made.sites / "a.json").read_text())["fingerprint"] == pki.fingerprint(kit / "site.pem")
-
-
-@pytest.mark.parametrize("name", ["../evil", "Charité", "a/b", "", ".hidden", "Upper", "x" * 65])
-def test_a_name_that_no_plan_could_list_is_not_admitted(made, name):
-    before = sorted(made.folder.parent.rglob("*"))
-    with pytest.raises(ConfigError, match="site"):
-        made.admit(name)
-    assert sorted(made.folder.parent.rglob("*")) == before
-
-
-@pytest.mark.parametrize("text", ["", "{", "{}", "[]", "7", b"\xff\xfe"])
-def test_a_damaged_site_file_is_named(made, text):
-    path = made.sites / "b.json"
-    path.write_bytes(text if isinstance(text, bytes) else text.encode())
-    try:
-        with pytest.raises(ConfigError, match="b.json cannot be read"):
-            made.admitted()
-    finally:
-        path.unlink()
 
 
 BAD = {
