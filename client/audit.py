@@ -18,8 +18,21 @@ from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.verify_audit import SCHEMA, Entry, parse_head
 from fedtailor.errors import RefusedError, StoreError
 
-DECISIONS = {"Approve": "approved", "Refuse": "refused", "Release": "let-go", "Withdraw": "withdrawn"}  # by people
-WHICH = {"run": "run", "plan": "hash", "state": "state", "round": "round", "answer": "answer"}  # of a method's reply
+DECISIONS = {
+    "Approve": "approved",
+    "Refuse": "refused",
+    "Release": "let-go",
+    "Withdraw": "withdrawn",
+    "Back": "back",
+}  # by people
+WHICH = {
+    "run": "run",
+    "plan": "hash",
+    "state": "state",
+    "round": "round",
+    "answer": "answer",
+    "study": "study",
+}  # of a method's reply
 _WORD = re.compile(r"[A-Za-z0-9_.:@/+=\[\]-]{0,200}")
 _log = logging.getLogger("fedtailor.client")
 

@@ -79,6 +79,9 @@ class Daemon:
                     target=keep_beating, args=(self.fleet, self.lost, self.stop), name="beat", daemon=True
                 ),
                 threading.Thread(target=keep_renewed, args=(self.fleet, self.stop), name="renew", daemon=True),
+                threading.Thread(
+                    target=self.visits.withdrawals.keep_telling, args=(self.fleet, self.stop), name="tell", daemon=True
+                ),
             ]
             try:
                 self.workshop.start()

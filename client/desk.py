@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from fedtailor import control, inspection
 from fedtailor.client import inbox
@@ -29,7 +29,8 @@ class Desk:
         """By the names under which the control socket offers them."""
         return {"Status": self.status, "Ledger": self.statement, "Egress": self.egress, "Plans": self.list,
                 "Plan": self.show, "Approve": self.approve, "Refuse": self.refuse, "Held": self.held,
-                "Release": self.release, "Receipts": self.receipts, "Check": self.check}  # fmt: skip
+                "Release": self.release, "Receipts": self.receipts, "Check": self.check,
+                "Withdraw": self.withdraw, "Back": self.back}  # fmt: skip
 
     def status(self, _: Asked) -> Asked:
         """Study, round, budget, bytes."""
@@ -39,7 +40,7 @@ class Desk:
         )
         left = max(policy.epsilon - spent, 0.0)
         budget = {"spent": spent, "left": left, "cap": policy.epsilon, "delta": policy.delta, "unit": "record"}
-        waiting = sum(self.plans.stands(known, policy) == "pending" for known in self.plans.all())
+        waiting = sum(self.visits.stands(known) == "pending" for known in self.plans.all())
         return self.state | {"site": self.config.site, "server": self.config.server, "epsilon": budget,
                              "waiting": waiting, "worker_pid": self.workshop.pid,
                              "confinement": self.workshop.found(),
@@ -56,8 +57,7 @@ class Desk:
 
     def list(self, _: Asked) -> Asked:
         """Every study that was proposed."""
-        policy = self.config.policy
-        return {"rows": [as_row(known, self.plans.stands(known, policy)) for known in self.plans.all()]}
+        return {"rows": [as_row(known, self.visits.stands(known)) for known in self.plans.all()]}
 
     def show(self, request: Asked) -> Asked:
         """One study in plain words: what it asks, what it costs, and each rule of the policy."""
@@ -69,7 +69,7 @@ class Desk:
         charges = self.ledger.charges(self.config.data.name, data["fingerprint"] if data else "", without=proposal.run)
         rules = verdict(policy, proposal.plan, Case(self.config.site, charges, proposal.leaves.bytes))
         return inspection.document(proposal, rules) | {
-            "state": self.plans.stands(known, policy),
+            "state": self.visits.stands(known),
             "decided": known.standing.who,
             "stopped_by": known.standing.code,
             "approvals": len(known.standing.approvals),
@@ -118,6 +118,19 @@ class Desk:
         """Say no to a study; what runs of it stops with the next visit."""
         known = self.plans.decide(self.plans.find(str(request["plan"])), "refused", str(request["who"]))
         return self._shown(known)
+
+    def withdraw(self, request: Asked) -> Asked:
+        """Take no further part in a study, or in any: refused from now on, and told to the coordinator."""
+        return self._say("withdrawn", request)
+
+    def back(self, request: Asked) -> Asked:
+        """Undo a withdrawal. What ran before needs a new proposal."""
+        return self._say("back", request)
+
+    def _say(self, says: Literal["withdrawn", "back"], request: Asked) -> Asked:
+        notice = self.visits.withdrawals.say(says, request.get("study"))
+        self.wake()
+        return {"state": notice.says, "study": notice.study, "notices": self.visits.withdrawals.rows()}
 
     def held(self, _: Asked) -> Asked:
         """Answers that wait for a person's release."""

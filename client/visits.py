@@ -10,8 +10,9 @@ from fedtailor import seals, store
 from fedtailor.client import airlock, inbox, warrants
 from fedtailor.client.inbox import Entry, Stored
 from fedtailor.client.ledger import Ledger, Reservation
-from fedtailor.client.plans import Known, Plans, refuse_unless_approved
+from fedtailor.client.plans import Known, Plans, State, refuse_unless_approved
 from fedtailor.client.site import Home, SiteConfig
+from fedtailor.client.withdrawals import Withdrawals
 from fedtailor.client.workshop import Workshop
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Case, Rule, charge_of, open_now, refuse, verdict
@@ -68,6 +69,7 @@ class Visits:
     ) -> None:
         self.config, self.home, self.plans, self.key = config, home, plans, key
         self.ledger, self.workshop, self.state = ledger, workshop, state
+        self.withdrawals = Withdrawals(home.state / "withdrawals", config.site, config.keys)
 
     def answer(self, entry: Entry, visit: Visit) -> Stored:
         """The answer to a visit: from the outbox where it was answered before, else worked out and put there.
@@ -77,7 +79,7 @@ class Visits:
             Held: if a person has to release the answer first.
         """
         known, policy = self.plans.take(visit), self.config.policy
-        state = self.plans.stands(known, policy)
+        state = self.stands(known)
         if state != "pending":
             refuse_unless_approved(state, known)
         found = inbox.stored(self.home.outbox, visit)
@@ -93,11 +95,16 @@ class Visits:
             raise Held(f"an answer waits for release: {visit.run}, round {visit.round}; see: fedtailor client held")
         return found
 
+    def stands(self, known: Known) -> State:
+        """Where a study stands at this site now."""
+        withdrawn = self.withdrawals.covers(known.proposal.plan.study)
+        return "withdrawn" if withdrawn else self.plans.stands(known, self.config.policy)
+
     def perform(self, entry: Entry, visit: Visit, known: Known) -> None:
         """Do the visit's work and leave its answer in the outbox. Done again after a crash, it is the same answer."""
         policy, plan = self.config.policy, known.proposal.plan
         refuse(self._verdict(known, []))  # before the data are touched at all
-        refuse_unless_approved(self.plans.stands(known, policy), known)
+        refuse_unless_approved(self.stands(known), known)
         warrants.check(visit, known, policy, self.plans.signer, self.plans.own, self.ledger)
         asks = visit.train or visit.evaluate or visit.baseline
         if asks:

@@ -14,12 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedtailor import control, pki, proposal
-from fedtailor.config import build
+from pydantic import ValidationError
+
+from fedtailor import control, pki, proposal, store
+from fedtailor.config import build, readable
 from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.recipe import Recipe
 from fedtailor.seals import Public
-from fedtailor.server import renewal, roster
+from fedtailor.server import renewal, roster, withdrawals
 from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
@@ -88,7 +90,7 @@ class Coordinator:
             scheduler.start()
             socket_path = control.socket_of(self.home.folder)
             methods = {"Submit": self._submit, "Runs": self._list, "Stop": self._stop, "Status": self._status,
-                       "Resume": self._resume}  # fmt: skip
+                       "Resume": self._resume, "Retrain": self._retrain, "Models": self._models}  # fmt: skip
             local = control.serve(socket_path, "Server", methods, {"Watch": self._watch})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: None)  # uvicorn takes them over, and hands them back when it ends
@@ -137,6 +139,8 @@ class Coordinator:
         unknown = [site for site in plan.sites if site not in admitted]
         if unknown:
             raise ConfigError(f"sites: {unknown} are not admitted; see: fedtailor server sites, invite, approve")
+        if gone := sorted(withdrawals.withdrawn(self.home, plan.study) & set(plan.sites)):
+            raise ConfigError(f"sites: {gone} have withdrawn from {plan.study!r}; leave them out of sites=[…]")
         build(plan.recipe, Recipe)
         build(plan.strategy, Strategy)
         days = float(request.get("days", 30.0))
@@ -147,6 +151,36 @@ class Coordinator:
         run = Run.create(self.home.studies, plan, request.get("config", ""), signed)
         self._begin(run)
         return {"run": run.name, "folder": str(run.folder)}
+
+    def _retrain(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Propose a run's plan again without some of its sites."""
+        run = self._run(request["run"])
+        plan, without = run.plan(), set(request["without"])
+        if unknown := sorted(without - set(plan.sites)):
+            raise ConfigError(f"--without: {unknown} are not in run {run.name!r}; it has {', '.join(plan.sites)}")
+        sites = [site for site in plan.sites if site not in without]
+        again = plan.model_dump(mode="json", by_alias=True) | {"sites": sites, "quorum": min(plan.quorum, len(sites))}
+        try:
+            anew = Plan.model_validate(again)
+        except ValidationError as error:
+            raise ConfigError(f"--without: {readable(error)}") from error
+        made = self._submit({"plan": anew.canonical(), "config": request.get("config", "")})
+        store.write_json(
+            self.home.studies / made["run"] / "retrains.json", {"run": run.name, "without": sorted(without)}
+        )
+        return made
+
+    def _models(self, _: dict[str, Any]) -> dict[str, Any]:
+        """Every model there is, and whose answers are in it."""
+        rows = []
+        for run in sorted(self._runs(), key=lambda one: one.name):
+            if not (run.folder / "model.safetensors").exists():
+                continue
+            study, inside = run.plan().study, run.contributors()
+            gone = withdrawals.withdrawn(self.home, study) & set(inside)
+            rows.append({"run": run.name, "study": study, "sites": inside, "withdrawn": sorted(gone),
+                         "model": str(run.folder / "model.safetensors")})  # fmt: skip
+        return {"rows": rows}
 
     def _keys(self, plan: Plan) -> dict[str, Public]:
         admitted = roster.admitted(self.home)

@@ -11,10 +11,11 @@ from typing import NamedTuple
 from fedtailor import pki
 from fedtailor.errors import ConfigError, FedtailorError, StoreError, WireError
 from fedtailor.invitation import ENROL, RENEW, Answer
-from fedtailor.server import roster
+from fedtailor.server import roster, withdrawals
 from fedtailor.server.home import Home
 from fedtailor.server.listener import FLEET, App, Receive, Scope, Send, answer
 from fedtailor.server.peers import Peer
+from fedtailor.withdrawal import NOTICE
 
 log = logging.getLogger("fedtailor.server")
 LIMIT = 8 * 1024  # bytes of a certificate request
@@ -103,6 +104,8 @@ def gated(app: App, gate: Gate) -> App:
             send = _last(send)  # it has a newer certificate: its next request comes by a new connection
         if route == ("POST", RENEW):
             await _take(gate.home, peer, headers, receive, send, _renew)
+        elif route == ("POST", NOTICE):
+            await _take(gate.home, peer, headers, receive, send, _notice)
         elif route[0] == "POST" and route[1] in FLEET and not _is_itself(headers, peer):
             await _refuse(send, 401, "key", "this is not the key of the certificate")
         else:
@@ -122,6 +125,12 @@ def _enrol(home: Home, peer: Peer, request: str) -> Answer:
 
 def _renew(home: Home, peer: Peer, request: str) -> Answer:
     return roster.renew(home, peer.name, request)
+
+
+def _notice(home: Home, peer: Peer, request: str) -> Answer:
+    notice = withdrawals.take(home, peer.name, peer.key, request)
+    log.warning("%s: %s %s", peer.name, notice.says, notice.study or "(all studies)")
+    return Answer()
 
 
 async def _take(

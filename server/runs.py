@@ -94,6 +94,15 @@ class Run:
         """Whether they have."""
         return (self.folder / "agreed.json").exists()
 
+    def contributors(self) -> list[str]:
+        """The sites whose answers are in the model, by the record of the run."""
+        found: set[str] = set()
+        for line in (self.folder / "events.jsonl").read_text().splitlines():
+            event = json.loads(line)
+            if event["kind"] == "round":
+                found |= set(event.get("sites", []))
+        return sorted(found)
+
     def ended(self) -> bool:
         """Whether the run is over, for better or worse."""
         return self.status().status in DONE

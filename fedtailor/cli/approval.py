@@ -96,6 +96,19 @@ def refuse(plan: Which, home: SiteHome = SITE_HOME, json: Json = False) -> None:
         Console().print(f"{answer['run']}: {answer['state']}", highlight=False)
 
 
+def withdraw(
+    study: Annotated[str | None, typer.Option(help="Only from this study; default: from all.")] = None,
+    back: Annotated[bool, typer.Option("--back", help="Undo a withdrawal.")] = False,
+    home: SiteHome = SITE_HOME,
+    json: Json = False,
+) -> None:
+    """Take no further part: refused from now on, and told to the coordinator by a signed notice."""
+    answer = ask(home, "Back" if back else "Withdraw", {"study": study, "who": getpass.getuser()})
+    if not show(answer, json):
+        what = study or "all studies"
+        Console().print(f"{what}: {answer['state']}; models that contain this site: see its receipts", highlight=False)
+
+
 def held(home: SiteHome = SITE_HOME, json: Json = False) -> None:
     """List the answers that wait for a person's release (policy: hold)."""
     answer = ask(home, "Held")
@@ -165,5 +178,5 @@ def _day(seconds: int) -> str:
 
 def add_to(app: typer.Typer) -> None:
     """Offer these commands beside the client's others."""
-    for command in (plans, check, explain, approve, refuse, held, release, receipts, officer):
+    for command in (plans, check, explain, approve, refuse, withdraw, held, release, receipts, officer):
         app.command()(command)

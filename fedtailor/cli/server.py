@@ -93,6 +93,30 @@ def runs(home: ServerHome = SERVER_HOME, json: Json = False) -> None:
 
 
 @app.command()
+def models(home: ServerHome = SERVER_HOME, json: Json = False) -> None:
+    """List every model there is, and whose answers are in it."""
+    answer = ask(home, "Models")
+    if not show(answer, json):
+        rows = [
+            [r["run"], ", ".join(r["sites"]), ", ".join(r["withdrawn"]) or None, r["model"]] for r in answer["rows"]
+        ]
+        table("models", ["run", "contains", "withdrawn since", "file"], rows)
+
+
+@app.command()
+def retrain(
+    run: str,
+    without: Annotated[list[str], typer.Option(help="A site to leave out; repeatable.")],
+    home: ServerHome = SERVER_HOME,
+    json: Json = False,
+) -> None:
+    """Propose a run's plan again without a site, one that has withdrawn, say."""
+    answer = ask(home, "Retrain", {"run": run, "without": without})
+    if not show(answer, json):
+        Console().print(f"proposed: {answer['run']}", highlight=False)
+
+
+@app.command()
 def status(home: ServerHome = SERVER_HOME, json: Json = False) -> None:
     """Show the coordinator's address and which sites are connected."""
     answer = ask(home, "Status")
