@@ -100,3 +100,30 @@ def test_a_plan_that_the_policy_refuses_is_explained_and_cannot_be_approved(care
     assert code == 3 and [rule["code"] for rule in said["rules"] if not rule["ok"]] == ["delta"]
     assert client(careful, "check", run)[0] == 3 and client(careful, "approve", run)[0] == 3
     careful.ask("Stop", run=run)
+
+
+def test_a_site_withdraws_and_what_contains_it_is_known(careful):
+    def server(*words):
+        command = [sys.executable, "-m", "fedtailor", "server", *words, "--home", str(careful.server_home), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=careful.folder)
+        return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+    run = careful.submit(careful.plan("rounds=2", "privacy=none", "quorum=1"))
+    careful.until(lambda: pending(careful, run), 60, "va has the plan")
+    assert client(careful, "withdraw", "--study", "heart")[0] == 0
+    result = careful.finish(run)
+    assert ("va", "withdrawn") in {(one["site"], one["code"]) for one in result["dropped"]}
+    careful.until(lambda: client(careful, "withdraw", "--study", "heart")[1]["notices"][0]["told"], 60, "it is told")
+    code, refused = server("submit", "study=heart", "sites=[cleveland,va]", "quorum=1", "privacy=none")
+    assert code == 2 and "withdrawn" in refused["text"]
+    models = {row["run"]: row for row in server("models")[1]["rows"]}
+    assert models[run]["sites"] == ["cleveland"] and models[run]["withdrawn"] == []
+    containing = [row for row in models.values() if "va" in row["sites"]]
+    assert all(row["withdrawn"] == ["va"] for row in containing)
+    for row in containing[:1]:
+        code, again = server("retrain", row["run"], "--without", "va")
+        assert code == 0
+        careful.finish(again["run"])
+        assert {r["run"]: r for r in server("models")[1]["rows"]}[again["run"]]["sites"] == ["cleveland"]
+    assert client(careful, "withdraw", "--back")[1]["state"] == "back"
+    careful.until(lambda: all(n["told"] for n in client(careful, "withdraw", "--back")[1]["notices"][:-1]), 60, "told")
