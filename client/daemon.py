@@ -65,7 +65,7 @@ class Daemon:
             plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key())
             self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state)
             socket = control.socket_of(self.home.folder)
-            desk = Desk(self.config, self.home, plans, self.ledger, self.workshop, self.state, self.arrived.set)
+            desk = Desk(self.visits, self.arrived.set)
             local = control.serve(socket, "Site", self.audit.attend(desk.methods()), {})
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: self.stop.set())

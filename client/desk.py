@@ -7,11 +7,10 @@ from typing import Any
 from fedtailor import control, inspection
 from fedtailor.client import inbox
 from fedtailor.client.chain import rows
-from fedtailor.client.ledger import Ledger
-from fedtailor.client.plans import Approval, Known, Plans, as_row
-from fedtailor.client.site import Home, SiteConfig
+from fedtailor.client.plans import Approval, Known, as_row
+from fedtailor.client.rehearsal import rehearse
 from fedtailor.client.statement import statement
-from fedtailor.client.workshop import Workshop
+from fedtailor.client.visits import Visits
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Case, refuse, verdict
 
@@ -19,26 +18,18 @@ Asked = dict[str, Any]
 
 
 class Desk:
-    """The answers. ``state`` is what the daemon knows of itself; ``wake`` has it look at its inbox."""
+    """The answers; ``wake`` has the daemon look at its inbox."""
 
-    def __init__(
-        self,
-        config: SiteConfig,
-        home: Home,
-        plans: Plans,
-        ledger: Ledger,
-        workshop: Workshop,
-        state: Asked,
-        wake: Callable[[], None],
-    ) -> None:
-        self.config, self.home, self.plans, self.ledger, self.workshop = config, home, plans, ledger, workshop
-        self.state, self.wake = state, wake
+    def __init__(self, visits: Visits, wake: Callable[[], None]) -> None:
+        self.visits, self.wake = visits, wake
+        self.config, self.home, self.plans, self.ledger = visits.config, visits.home, visits.plans, visits.ledger
+        self.workshop, self.state = visits.workshop, visits.state
 
     def methods(self) -> dict[str, control.Method]:
         """By the names under which the control socket offers them."""
         return {"Status": self.status, "Ledger": self.statement, "Egress": self.egress, "Plans": self.list,
                 "Plan": self.show, "Approve": self.approve, "Refuse": self.refuse, "Held": self.held,
-                "Release": self.release, "Receipts": self.receipts}  # fmt: skip
+                "Release": self.release, "Receipts": self.receipts, "Check": self.check}  # fmt: skip
 
     def status(self, _: Asked) -> Asked:
         """Study, round, budget, bytes."""
@@ -83,6 +74,21 @@ class Desk:
             "approvals": len(known.standing.approvals),
             "needed": policy.officers_needed if policy.officers else None,
         }
+
+    def check(self, request: Asked) -> Asked:
+        """Rehearse a study on this site's data: what the policy will say, and what it would take.
+
+        Raises:
+            ContractError: if the data do not satisfy the contract.
+        """
+        known = self.plans.find(str(request["plan"]))
+        data = self.visits.described(known.proposal.plan)
+        self.state["data"] = data._asdict()
+        shown = self._shown(known)
+        allowed = all(rule.ok for rule in inspection.rules(shown))
+        spent = self.ledger.charges(self.config.data.name, data.fingerprint, without=known.proposal.run)
+        forecast = rehearse(self.visits, known, data, spent)._asdict() if allowed else None
+        return shown | {"rows": data.rows, "notes": data.notes, "forecast": forecast}
 
     def approve(self, request: Asked) -> Asked:
         """Let a study run, by a person's word or an officer's signature.

@@ -60,7 +60,7 @@ def private_train(
 
     Raises:
         ConfigError: if the plan has no record-level privacy, or ``cast`` does not fit the recipe's model.
-        FedtailorError: code ``not_finite``, if the model's parameters overflow.
+        FedtailorError: code ``nonfinite``, if the model's parameters overflow.
     """
     if plan.privacy is None:
         raise ConfigError("plan.privacy: null; this site trains with record-level privacy only")
@@ -130,6 +130,6 @@ def _release(module: GradSampleModule, order: Params, expected: float, optimizer
     if not all(tree.finite(g) for g in grads.values()):
         raise FedtailorError(
             "training: the noisy gradient is not finite; the model or the clip is too large for float32",
-            code="not_finite",
+            code="nonfinite",
         )
     return grads

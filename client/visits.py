@@ -32,7 +32,7 @@ class Described(NamedTuple):
     notes: list[str]
 
 
-def described(answer: dict[str, Any]) -> Described:
+def read(answer: dict[str, Any]) -> Described:
     """Read a description.
 
     Raises:
@@ -105,12 +105,12 @@ class Visits:
         if store.digest(entry.payload) != visit.cast_sha256:  # by that name the answer is stored, and charged for
             raise RefusedError("what was cast is not what the visit names (cast_sha256)", code="cast")
         self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
-        data = self._described(plan)
+        data = self.described(plan)
         self.state["data"] = data._asdict()
         refuse(self._verdict(known, self._spent_before(visit.run, data.fingerprint)))
         inbox.tidy(self.home.outbox, visit)
         if not asks:
-            airlock.agree(self.home.outbox, visit, airlock.Facts(head=self._head()))
+            airlock.agree(self.home.outbox, visit, airlock.Facts(head=self.head()))
             return
         known.note_cast(visit.round, visit.cast_sha256)
         reservation = self._reserve(plan, visit, data.fingerprint)
@@ -122,7 +122,7 @@ class Visits:
             test_rows=data.test_rows,
             reservation=reservation.id if reservation else None,
             witness=seals.sign(self.key, "witness", visit.witnessed()),
-            head=self._head(),
+            head=self.head(),
         )
         try:
             airlock.admit(out, self.home.outbox, visit, known.proposal.leaves, policy, facts)
@@ -132,9 +132,9 @@ class Visits:
         finally:
             shutil.rmtree(out, ignore_errors=True)
 
-    def _described(self, plan: Plan) -> Described:
+    def described(self, plan: Plan) -> Described:
         """The data, by the training process's word as far as this daemon can check it: the counts will leave."""
-        found = described(self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True)))
+        found = read(self.workshop.ask(op="describe", recipe=plan.recipe.model_dump(by_alias=True)))
         try:
             size = self.config.data.path.stat().st_size
         except OSError:
@@ -160,7 +160,7 @@ class Visits:
             (out / "memory.safetensors").replace(kept / f"{visit.round:06d}.safetensors")
         return out
 
-    def _head(self) -> Head | None:
+    def head(self) -> Head | None:
         """The ledger's last entry, by this site's hand: the coordinator will show it again."""
         count, hash = self.ledger.head()
         if not count:

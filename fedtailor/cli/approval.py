@@ -32,6 +32,29 @@ def plans(
         table("plans", ["hash", "run", "state", "rounds", "epsilon", "sites", "expires"], rows)
 
 
+def check(plan: Which, home: SiteHome = SITE_HOME, json: Json = False) -> None:
+    """Rehearse a plan on this site's data, sending nothing: what the policy will say, and what it would take."""
+    answer = ask(home, "Check", {"plan": plan}, timeout=3600.0)
+    forecast = answer["forecast"]
+    if not show(answer, json):
+        _rules(answer)
+        for note in answer["notes"]:
+            Console().print(f"data: {note}", highlight=False)
+        if forecast is not None:
+            rows = [
+                ["epsilon of this study", forecast["epsilon"]],
+                ["epsilon of the data set after it", forecast["epsilon_after"]],
+                ["bytes that leave", f"{forecast['bytes_out']:,}"],
+                ["bytes that come", f"{forecast['bytes_in']:,}"],
+                ["seconds of work a round", forecast["seconds_a_round"]],
+                ["minutes of work in all", forecast["minutes"]],
+                ["megabytes of memory, at most", forecast["memory_mb"]],
+            ]
+            table("what it would take", ["", ""], rows)
+    if forecast is None:
+        raise typer.Exit(3)
+
+
 def explain(plan: Which, home: SiteHome = SITE_HOME, json: Json = False) -> None:
     """Show rule by rule what this site's policy says of a plan. Exit code 3 where it refuses."""
     answer = ask(home, "Plan", {"plan": plan})
@@ -142,5 +165,5 @@ def _day(seconds: int) -> str:
 
 def add_to(app: typer.Typer) -> None:
     """Offer these commands beside the client's others."""
-    for command in (plans, explain, approve, refuse, held, release, receipts, officer):
+    for command in (plans, check, explain, approve, refuse, held, release, receipts, officer):
         app.command()(command)

@@ -13,11 +13,11 @@ app = typer.Typer(help="Run a site's daemon, and see what it does.", no_args_is_
 app.add_typer(audit.app, name="audit")
 
 
-def ask(home: Path, method: str, request: dict[str, Any] | None = None) -> dict[str, Any]:
+def ask(home: Path, method: str, request: dict[str, Any] | None = None, timeout: float = 60.0) -> dict[str, Any]:
     """Ask the running daemon of ``home``."""
     from fedtailor import control
 
-    return control.call(control.socket_of(home), "Site", method, request)
+    return control.call(control.socket_of(home), "Site", method, request, timeout)
 
 
 @app.command()

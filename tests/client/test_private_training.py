@@ -148,7 +148,7 @@ def test_opacus_own_optimizer_is_poisoned_by_one_record(monkeypatch, part):
     monkeypatch.setattr(private_training, "SafeDPOptimizer", Unsafe)
     with pytest.raises(FedtailorError, match="not finite") as error:
         release(part, Csprng(KEY), 1.0, the_plan=the_plan)
-    assert error.value.code == "not_finite"
+    assert error.value.code == "nonfinite"
 
 
 def test_records_cannot_be_read_off_the_update_of_a_linear_layer():

@@ -274,7 +274,7 @@ def test_a_ledger_that_was_put_back_is_noticed(site, tmp_path):
     """Yesterday's file: valid in itself, and with budget that was spent since."""
     with pytest.raises(Told):
         ask(site, tmp_path)
-    head = site._head()
+    head = site.head()
     site.ledger.close()
     for path in site.home.state.glob("ledger.db*"):
         path.unlink()

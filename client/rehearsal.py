@@ -1,0 +1,132 @@
+"""A round of a study on this site's data, of which nothing leaves and nothing is kept: what taking part would take."""
+
+import hashlib
+import secrets
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from fedtailor import recipe as recipes
+from fedtailor import seals, store, tree
+from fedtailor.client import airlock, inbox
+from fedtailor.client.plans import Known
+from fedtailor.client.visits import Described, Visits
+from fedtailor.config import build
+from fedtailor.policy import charge_of
+from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.receipts import Head
+from fedtailor.recipe import Recipe
+from fedtailor.strategy import Strategy
+from fedtailor.study import Plan
+from fedtailor.wire import Visit
+
+
+class Forecast(NamedTuple):
+    """What a study would take of this site, if it goes as its plan says."""
+
+    epsilon: float | None  # of the study, at its delta
+    epsilon_after: float | None  # of the data set over all studies
+    bytes_out: int  # that the egress log will list
+    bytes_in: int
+    seconds_a_round: float  # of this site's work
+    minutes: float  # of it in all
+    memory_mb: int | None  # the training process's peak; None where the host does not tell
+
+
+def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge]) -> Forecast:
+    """Do one training and one evaluation with a key that is thrown away, and pass them through the airlock.
+
+    Raises:
+        RefusedError: what the airlock would say.
+        FedtailorError: what the training process would.
+    """
+    plan, home = known.proposal.plan, visits.home
+    cast = _cast(plan)
+    sizes, took = {}, {}
+    with tempfile.TemporaryDirectory(dir=home.state, prefix=".rehearsal-") as scratch:
+        outbox = Path(scratch)
+        for name, asks in _ASKS.items():
+            evaluates = {"evaluate": True} if name == "train" else {"baseline": plan.evaluation.baseline}
+            visit = _visit(known, cast, **asks | (evaluates if name != "agree" else {}))
+            began = time.monotonic()
+            _perform(visits, visit, known, data, cast if name != "agree" else b"", outbox)
+            took[name] = time.monotonic() - began
+            stored = inbox.stored(outbox, visit)
+            assert stored is not None
+            sizes[name] = len(stored.payload) + len(stored.report.model_dump_json())
+    charge, delta = charge_of(plan), plan.privacy.delta if plan.privacy else 0.0
+    charges = [charge] * plan.rounds if charge is not None else []
+    return Forecast(
+        epsilon=epsilon(charges, delta) if charges else None,
+        epsilon_after=epsilon([*spent, *charges], delta) if charges else None,
+        bytes_out=sizes["agree"] + plan.rounds * sizes["train"] + sizes["evaluate"],
+        bytes_in=(plan.rounds + 1) * (len(cast) + len(_visit(known, cast, train=True).model_dump_json())),
+        seconds_a_round=round(took["train"], 3),
+        minutes=round((plan.rounds * took["train"] + took["evaluate"]) / 60, 2),
+        memory_mb=_peak_mb(visits.workshop.pid),
+    )
+
+
+_ASKS = {
+    "agree": {},
+    "train": {"train": True},
+    "evaluate": {"evaluate": True},
+}  # the three kinds of visits that a study makes
+
+
+def _visit(known: Known, cast: bytes, train: bool = False, evaluate: bool = False, baseline: bool = False) -> Visit:
+    signed = (known.folder / "signed.json").read_text()
+    return Visit(
+        run=known.proposal.run,
+        round=0,
+        train=train,
+        evaluate=evaluate,
+        baseline=baseline,
+        plan=known.proposal.plan.canonical(),
+        cast_sha256=hashlib.sha256(cast).hexdigest(),
+        proposal=signed,
+    )
+
+
+def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: bytes, outbox: Path) -> None:
+    head = visits.head()
+    if not cast:
+        airlock.agree(outbox, visit, airlock.Facts(head=head))
+        return
+    if head is None and known.proposal.plan.privacy is not None:  # the study's first round will make one
+        head = Head(count=1, hash="0" * 64, signature=seals.sign(visits.key, "ledger-head", ""))
+    entry, out = visits.home.inbox / ".rehearsal", visits.home.state / "work" / "rehearsal"
+    facts = airlock.Facts(
+        epsilon=1.2345678901234567 if known.proposal.plan.privacy else None,  # a number of the usual length
+        rows=data.rows,
+        train_rows=data.train_rows,
+        test_rows=data.test_rows,
+        witness=seals.sign(visits.key, "witness", visit.witnessed()),
+        head=head,
+    )
+    try:
+        entry.mkdir(mode=0o700, exist_ok=True)
+        store.write_bytes(entry / "payload.safetensors", cast)
+        store.write_text(entry / "head.json", visit.model_dump_json())
+        key = secrets.token_hex(32) if known.proposal.plan.privacy else None
+        visits.workshop.ask(op="visit", entry=str(entry), out=str(out), key=key, memory=None)
+        airlock.admit(out, outbox, visit, known.proposal.leaves, visits.config.policy, facts)
+    finally:
+        shutil.rmtree(entry, ignore_errors=True)
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _cast(plan: Plan) -> bytes:
+    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    cast = strategy.broadcast(strategy.init(recipes.initial(recipe, plan.seed)))
+    return b"".join(store.safetensors(tree.flatten(cast)))
+
+
+def _peak_mb(pid: int | None) -> int | None:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return next(int(line.split()[1]) // 1024 for line in lines if line.startswith("VmHWM"))
+    except (OSError, StopIteration, ValueError):
+        return None

@@ -1,0 +1,102 @@
+"""People decide at a site: they see a plan, rehearse it, let it run, let its last answer leave; and what was said came true."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fedtailor import seals
+from fedtailor.receipts import Receipt
+
+pytestmark = pytest.mark.deployment
+
+
+@pytest.fixture
+def careful(deployment):
+    """The site va with people who decide, until the test ends."""
+    path = deployment.site_home("va") / "site.yaml"
+    before = path.read_text()
+
+    def restart(text):
+        path.write_text(text)
+        deployment.processes["va"].terminate()
+        deployment.processes["va"].wait(timeout=30)
+        deployment.start("va")
+        deployment.until(lambda: deployment.ask_site("va", "Status")["connected"], 60, "va is back")
+
+    restart(before.replace("approval: policy", "approval: person\n  hold: last"))
+    yield deployment
+    restart(before)
+
+
+def client(deployment, *words, site="va"):
+    command = [sys.executable, "-m", "fedtailor", "client", *words, "--home", str(deployment.site_home(site)), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, cwd=deployment.folder)
+    return done.returncode, json.loads(done.stdout.splitlines()[-1])
+
+
+def pending(deployment, run):
+    rows = client(deployment, "plans")[1]["rows"]
+    return any(row["run"] == run and row["state"] == "pending" for row in rows)
+
+
+def test_a_study_waits_for_people_and_takes_what_was_foretold(careful):
+    run = careful.submit(careful.plan("rounds=3", "privacy.epsilon=2"))
+    careful.until(lambda: pending(careful, run), 60, "va has the plan")
+    assert careful.status(run)["status"] == "proposed"
+    code, foretold = client(careful, "check", run)
+    assert code == 0 and foretold["state"] == "pending" and foretold["forecast"]["seconds_a_round"] > 0
+    assert client(careful, "explain", run)[0] == 0
+    assert careful.status(run)["status"] == "proposed"  # a rehearsal lets nothing run
+    code, approved = client(careful, "approve", foretold["hash"][:12])
+    assert code == 0 and approved["state"] == "approved"
+    careful.until(lambda: client(careful, "held")[1]["rows"], 60, "the last answer is held")
+    (row,) = client(careful, "held")[1]["rows"]
+    assert (row["run"], row["round"]) == (run, 2)
+    assert client(careful, "release", row["answer"])[0] == 0
+    result = careful.finish(run)
+    assert result["dropped"] == []
+
+    forecast, left = foretold["forecast"], client(careful, "egress")[1]["rows"]
+    of_run = [line for line in left if line.get("run") == run]
+    assert sum(line["bytes"] for line in of_run) == pytest.approx(forecast["bytes_out"], rel=0.01)
+    assert result["sites"]["va"]["epsilon"] == pytest.approx(forecast["epsilon"], rel=0.01)
+    trained = [line for line in of_run if line.get("tensors")]
+    assert len(trained) == 3 and all(line["norm"] > 0 and len(line["sha256"]) == 64 for line in trained)
+
+    signer = seals.load_public(careful.site_home("va") / "keys" / "plans.pub")
+    kept = client(careful, "receipts", run)[1]["receipts"]
+    receipts = [Receipt.model_validate_json(one["receipt"]) for one in kept]
+    assert [one.round for one in receipts] == [0, 1, 2]
+    assert [one.summand_sha256 for one in receipts] == [line["sha256"] for line in trained]
+    for one, receipt in zip(kept, receipts, strict=True):
+        assert receipt.holds() and seals.genuine(signer, "receipt", one["receipt"], one["seal"])
+    events = [json.loads(line) for line in (careful.run_folder(run) / "events.jsonl").read_text().splitlines()]
+    assert [e["root"] for e in events if e["kind"] == "round"] == [one.root for one in receipts]
+
+
+def test_a_study_that_is_refused_in_its_middle_stops_there_and_no_further_answer_leaves(careful):
+    run = careful.submit(careful.plan("rounds=200", "privacy=none", "quorum=1"))
+    careful.until(lambda: pending(careful, run), 60, "va has the plan")
+    client(careful, "approve", run)
+    careful.until(lambda: careful.status(run)["round"] >= 2, 60, "it runs")
+    assert client(careful, "refuse", run)[1]["state"] == "refused"
+    at = careful.status(run)["round"]
+    careful.until(lambda: careful.status(run)["round"] >= at + 4, 60, "it goes on with the other site")
+    careful.ask("Stop", run=run)
+    careful.until(lambda: careful.status(run)["status"] == "stopped", 60, "it is over")
+    result = json.loads((careful.run_folder(run) / "result.json").read_text())
+    codes = {(one["site"], one["code"]) for one in result["dropped"]}
+    assert codes == {("va", "refused")}
+    rows = [line for line in client(careful, "egress")[1]["rows"] if line.get("run") == run and line.get("tensors")]
+    assert max(line["round"] for line in rows) <= at + 1
+
+
+def test_a_plan_that_the_policy_refuses_is_explained_and_cannot_be_approved(careful):
+    run = careful.submit(careful.plan("rounds=3", "privacy.delta=0.001", "quorum=1"))
+    careful.until(lambda: client(careful, "plans")[1]["rows"][0]["run"] == run, 60, "va has the plan")
+    code, said = client(careful, "explain", run)
+    assert code == 3 and [rule["code"] for rule in said["rules"] if not rule["ok"]] == ["delta"]
+    assert client(careful, "check", run)[0] == 3 and client(careful, "approve", run)[0] == 3
+    careful.ask("Stop", run=run)
