@@ -17,7 +17,7 @@ from fedtailor.client import journal
 from fedtailor.client.ledger import Cap, Charge, Ledger
 from fedtailor.client.signing import Signer
 from fedtailor.client.statement import sentences, statement
-from fedtailor.client.verify_audit import follow, hash_of
+from fedtailor.client.verify_audit import BARE, Wrong, follow, hash_of
 from fedtailor.errors import StoreError
 from fedtailor.policy import Policy
 
@@ -134,6 +134,20 @@ def test_a_signature_that_was_stripped_is_named(ledger, path):
     tampered(path, "UPDATE events SET signature = NULL WHERE id = 4")
     with pytest.raises(StoreError, match="record 4"):
         Ledger(path, SIGNER)
+
+
+def test_an_unsigned_event_does_not_pass_though_its_hash_fits(ledger, path):
+    number, before = ledger.head()
+    fields = {"kind": "settle", **dict.fromkeys(BARE), "reservation": 4, "digest": "x"}
+    entry = {"record": {"number": number + 1, "time": "t", "before": before, "fields": fields}, "signature": None}
+    tampered(path, "INSERT INTO events (kind, time, reservation, digest, hash) "
+                   f"VALUES ('settle', 't', 4, 'x', '{hash_of(entry)}')")  # fmt: skip
+    with pytest.raises(StoreError, match="record 5 is not signed"):
+        ledger.statement()
+    entry["record"] |= {"number": 1, "before": ""}
+    with pytest.raises(Wrong, match="record 1 is not signed"):  # and in no other log
+        follow("egress", [entry | {"hash": hash_of(entry)}])
+    assert follow("ledger", [entry | {"hash": hash_of(entry)}]).unsigned == 1
 
 
 def test_nothing_unsigned_is_added_to_a_signed_file(ledger, path):

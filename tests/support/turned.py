@@ -139,8 +139,9 @@ class Site:
         self.home = Home(folder / "site")
         self.home.make()
         self.log = self.home.state / "worker.log"
-        self.ledger = Ledger(self.home.state / "ledger.db")
-        self.egress = Chain(self.home.state / "egress.jsonl", Signer(HUB.keys["a"]))
+        hand = Signer(HUB.keys["a"])
+        self.ledger = Ledger(self.home.state / "ledger.db", hand)
+        self.egress = Chain(self.home.state / "egress.jsonl", hand)
         self.workshop = Turned(self.config, self.log)
         plans = HUB.plans(self.home.state / "plans", "a")
         self.visits = Visits(self.config, self.home, plans, HUB.keys["a"], self.ledger, self.workshop, {})
@@ -168,11 +169,10 @@ class Site:
         visit = HUB.visit(of, cast=cast, **{"evaluate": True, "baseline": False, **fields})
         (entry / "head.json").write_text(visit.model_dump_json())
         envelope = Envelope(1, "m", 0.0, 60.0, 0.0)
-        egress = self.egress
         for _ in range(times):
             try:
                 stored = self.visits.answer(Entry(entry, envelope), visit)
-                airlock.release(post, envelope, stored, egress)
+                airlock.release(post, envelope, stored, self.egress)
             except FedtailorError as error:
-                airlock.decline(post, envelope, error.code, egress)
+                airlock.decline(post, envelope, error.code, self.egress)
         return post.left
