@@ -66,7 +66,7 @@ class Daemon:
             key = pki.load_key(self.config.keys / "site.key")
             signer = seals.load_public(self.config.keys / "plans.pub")
             plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key())
-            self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state)
+            self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state, self._note)
             socket = control.socket_of(self.home.folder)
             desk = Desk(self.visits, self.arrived.set, lambda: str(self.fleet.certificate.not_valid_after_utc))
             local = control.serve(socket, "Site", self.audit.attend(desk.methods()), {})
@@ -78,7 +78,9 @@ class Daemon:
                 threading.Thread(
                     target=keep_beating, args=(self.fleet, self.lost, self.stop), name="beat", daemon=True
                 ),
-                threading.Thread(target=keep_renewed, args=(self.fleet, self.stop), name="renew", daemon=True),
+                threading.Thread(
+                    target=keep_renewed, args=(self.fleet, self.stop, self._note), name="renew", daemon=True
+                ),
                 threading.Thread(
                     target=self.visits.withdrawals.keep_telling, args=(self.fleet, self.stop), name="tell", daemon=True
                 ),
@@ -194,8 +196,6 @@ class Daemon:
             visit = wire.parse_head(Visit, entry.head())
             self.audit.changed("coordinator", "plan", run=visit.run, sha256=sha256(visit.plan.encode()).hexdigest())
             found = self.visits.answer(entry, visit)
-            if (data := self.state.get("data")) is not None:
-                self.audit.changed("daemon", "data", name=self.config.data.name, fingerprint=data["fingerprint"])
             answer = {"run": visit.run, "round": visit.round, "sha256": found.report.summand_sha256}
             if found.reservation is not None:  # settled before it leaves, also after a crash between the two
                 if self.ledger.settle(found.reservation, found.report.summand_sha256):
@@ -209,10 +209,14 @@ class Daemon:
         except FedtailorError as error:
             self.state["last_error"] = str(error)
             log.warning("refused (%s): %s", error.code, error)
-            self._decline(entry.envelope, error.code)
+            self._decline(entry.envelope, error.code, visit.run)
 
-    def _decline(self, envelope: Envelope, code: str) -> None:
-        self.audit.note("daemon", "dropped" if code.startswith("airlock-") else "declined", code=airlock.word(code))
+    def _note(self, what: str, **facts: Any) -> None:
+        """Record what a visit led to. A word that is repeated, as while people have not decided, is recorded once."""
+        self.audit.changed("daemon", what, **facts)
+
+    def _decline(self, envelope: Envelope, code: str, run: str | None = None) -> None:
+        self._note("dropped" if code.startswith("airlock-") else "declined", code=airlock.word(code), run=run)
         try:
             airlock.decline(self.fleet, envelope, code, self.egress)
         except Closed:

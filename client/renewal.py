@@ -3,6 +3,7 @@
 import logging
 import threading
 import time
+from collections.abc import Callable
 
 from fedtailor import pki, store
 from fedtailor.client.connection import SHUT_OUT, ask
@@ -32,7 +33,7 @@ def renew(fleet: Fleet) -> None:
     fleet.load()
 
 
-def keep_renewed(fleet: Fleet, stop: threading.Event) -> None:
+def keep_renewed(fleet: Fleet, stop: threading.Event, note: Callable[..., None] = lambda what, **facts: None) -> None:
     """Renew until ``stop``; runs in a thread of its own. After a failure it tries again, ten times in what is left."""
     while not stop.is_set():
         if (left := pki.due(fleet.certificate) - time.time()) > 0:
@@ -41,6 +42,7 @@ def keep_renewed(fleet: Fleet, stop: threading.Event) -> None:
         hopeless = False
         try:
             renew(fleet)
+            note("renewed", serial=pki.serial(fleet.certificate))
             log.info("the certificate is renewed until %s", fleet.certificate.not_valid_after_utc)
         except (FedtailorError, OSError) as error:
             log.warning("the certificate could not be renewed: %s", error)

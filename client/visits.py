@@ -1,6 +1,7 @@
 """One visit of the coordinator, from the plan that it names to an answer in the outbox: judge, reserve, train, admit."""
 
 import shutil
+from collections.abc import Callable
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -66,9 +67,11 @@ class Visits:
         ledger: Ledger,
         workshop: Workshop,
         state: dict[str, Any],
+        note: Callable[..., None] = lambda what, **facts: None,
     ) -> None:
         self.config, self.home, self.plans, self.key = config, home, plans, key
         self.ledger, self.workshop, self.state = ledger, workshop, state
+        self.note = note  # for the audit log
         self.withdrawals = Withdrawals(home.state / "withdrawals", config.site, config.keys)
 
     def answer(self, entry: Entry, visit: Visit) -> Stored:
@@ -92,6 +95,7 @@ class Visits:
             self.home.outbox, visit
         ):
             inbox.hold(self.home.outbox, visit)
+            self.note("held", run=visit.run, round=visit.round)
             raise Held(f"an answer waits for release: {visit.run}, round {visit.round}; see: fedtailor client held")
         return found
 
@@ -114,13 +118,18 @@ class Visits:
         self.state |= {"study": plan.study, "round": visit.round, "rounds": plan.rounds, "run": visit.run}
         data = self.described(plan)
         self.state["data"] = data._asdict()
-        refuse(self._verdict(known, self._spent_before(visit.run, data.fingerprint)))
+        self.note("data", name=self.config.data.name, fingerprint=data.fingerprint)
+        rules = self._verdict(known, self._spent_before(visit.run, data.fingerprint))
+        self.note("judged", run=visit.run, proposal=known.digest, against=[rule.code for rule in rules if not rule.ok])
+        refuse(rules)
         inbox.tidy(self.home.outbox, visit)
         if not asks:
             airlock.agree(self.home.outbox, visit, airlock.Facts(head=self.head()))
             return
         known.note_cast(visit.round, visit.cast_sha256)
         reservation = self._reserve(plan, visit, data.fingerprint)
+        if reservation is not None:
+            self.note("reserved", run=visit.run, round=visit.round, reservation=reservation.id)
         out = self._work(entry, visit, reservation)
         facts = airlock.Facts(
             epsilon=self._spent(plan, visit),

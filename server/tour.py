@@ -24,7 +24,8 @@ from fedtailor.tree import Tree
 from fedtailor.wire import Visit
 
 PROPOSAL_S = 10.0  # for the sites that are there to answer a proposal
-ASK_AGAIN_S = 1.0  # of those who have not decided
+ASK_AGAIN_S = 1.0  # of those who have not decided, at first
+SELDOM_S = 30.0  # and when they have not for long
 NOTHING = b"".join(store.safetensors({}))  # what is cast where nothing is asked
 
 
@@ -75,7 +76,7 @@ class Tour:
         Raises:
             ConfigError: code ``quorum``, if too many sites refuse, or the proposal expires.
         """
-        plan, agreed, refused, since = self.plan, set[str](), dict[str, str](), math.inf
+        plan, agreed, refused, since, pause = self.plan, set[str](), dict[str, str](), math.inf, ASK_AGAIN_S
         while not (self.setting.halt.is_set() or self.run.ended()):
             undecided = tuple(site for site in plan.sites if site not in agreed and site not in refused)
             for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None):
@@ -99,7 +100,8 @@ class Tour:
                 raise ConfigError(f"{came} ({codes})", code="quorum")
             if not self.run.ended():
                 self.run.write_status("proposed", 0, came)
-            self.setting.halt.wait(ASK_AGAIN_S)
+            self.setting.halt.wait(pause)
+            pause = min(pause * 1.2, SELDOM_S)
         return False
 
     def visit(self, progress: Progress, *, train: bool) -> tuple[Closed, float, Last]:
