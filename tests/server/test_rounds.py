@@ -249,3 +249,11 @@ def test_a_round_that_is_stopped_ends_without_calling_anybody_late(world):
     it.steps = [lambda: None, stop.set]
     assert it.round(stop=stop) == [("a", None)]
     assert it.forgotten == {*it.pushed, *it.trees}
+
+
+def test_nobody_waits_for_a_site_that_was_revoked(world):
+    it = world("a", "b")
+    it.on_push = lambda site, question: site == "a" and it.answer(question)
+    it.steps = [lambda: None, lambda: it.known.pop("b")]
+    assert it.round() == [("a", None), ("b", "revoked")] and it.now < 1002
+    assert it.forgotten == {*it.pushed, *it.trees}
