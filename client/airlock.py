@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
@@ -22,9 +23,11 @@ from fedtailor.client.chain import Chain
 from fedtailor.client.fleet import Envelope, Fleet
 from fedtailor.client.inbox import Stored
 from fedtailor.errors import RefusedError, WireError
-from fedtailor.leaving import Leaving, length
+from fedtailor.leaving import METRIC_DIGITS, Leaving, length
 from fedtailor.policy import Policy
+from fedtailor.privacy.csprng import Csprng
 from fedtailor.receipts import Head
+from fedtailor.recipe import Metrics
 from fedtailor.wire import Report, Visit
 
 ANSWER = ("dtype", "format", "head", "keys", "metadata", "metrics", "nonfinite", "norm", "oversized", "round", "shape")
@@ -48,6 +51,7 @@ class Facts(NamedTuple):
     reservation: int | None = None
     witness: str | None = None
     head: Head | None = None
+    metric_key: bytes | None = None  # of the ledger's, where the policy noises metrics
 
 
 def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy, facts: Facts) -> None:
@@ -68,6 +72,9 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         may = policy.metrics and facts.test_rows >= policy.minimum_count
         metrics = leaves.rounded(report.metrics) if report.metrics and may and visit.evaluate else None
         baseline = leaves.rounded(report.baseline) if report.baseline and may and visit.baseline else None
+        if policy.metric_noise is not None:
+            std = policy.metric_noise / max(facts.test_rows, 1)
+            metrics, baseline = (_noised(m, std, facts.metric_key, w) for m, w in ((metrics, "a"), (baseline, "b")))
         payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
     except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
@@ -79,6 +86,20 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         "norm": round(length(flat), 6),
     }
     _commit(outbox, visit, payload, said, facts, listed)
+
+
+def _noised(metrics: Metrics | None, std: float, key: bytes | None, purpose: str) -> Metrics | None:
+    """The accuracy with noise, and nothing else: what one record does to the other metrics is not bounded.
+
+    Formal guarantee: post-processing (rounding, the range) of one Gaussian mechanism on the share of held-out rows that
+    are decided rightly; see :func:`fedtailor.policy.metric_charge`. The key is the ledger's, and repeats a release.
+    """
+    if metrics is None or metrics.get("accuracy") is None or key is None:
+        return None
+    drawn = float(Csprng(key).derive(f"metric/{purpose}").normal((1,), std, torch.float64)[0])
+    exact = metrics["accuracy"]
+    assert exact is not None
+    return {"accuracy": min(max(round(exact + drawn, METRIC_DIGITS), 0.0), 1.0)}
 
 
 def _once(path: Path, most: int, code: str) -> bytes:

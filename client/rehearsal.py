@@ -105,6 +105,7 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
         test_rows=data.test_rows,
         witness=seals.sign(visits.key, "witness", visit.witnessed()),
         head=head,
+        metric_key=secrets.token_bytes(32),
     )
     try:
         entry.mkdir(mode=0o700, exist_ok=True)

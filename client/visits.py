@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.withdrawals import Withdrawals
 from fedtailor.client.workshop import Workshop
 from fedtailor.errors import RefusedError
-from fedtailor.policy import Case, Rule, charge_of, open_now, refuse, verdict
+from fedtailor.policy import Case, Rule, charge_of, metric_charge, open_now, refuse, verdict
 from fedtailor.privacy.accounting import Cap, Charge, epsilon
 from fedtailor.receipts import Head
 from fedtailor.seals import Private
@@ -130,6 +131,7 @@ class Visits:
         reservation = self._reserve(plan, visit, data.fingerprint)
         if reservation is not None:
             self.note("reserved", run=visit.run, round=visit.round, reservation=reservation.id)
+        metric = self._reserve_metrics(plan, visit, data.fingerprint)
         out = self._work(entry, visit, reservation)
         facts = airlock.Facts(
             epsilon=self._spent(plan, visit),
@@ -139,9 +141,12 @@ class Visits:
             reservation=reservation.id if reservation else None,
             witness=seals.sign(self.key, "witness", visit.witnessed()),
             head=self.head(),
+            metric_key=metric.key if metric else None,
         )
         try:
             airlock.admit(out, self.home.outbox, visit, known.proposal.leaves, policy, facts)
+            if metric is not None:
+                self.ledger.settle(metric.id, inbox.key_of(visit))
         except RefusedError as error:  # whatever trains here tried to say something else: not once more
             self.plans.decide(known, "stopped", "airlock", error.code)
             raise
@@ -210,6 +215,24 @@ class Visits:
         if reservation.key is None:  # it was settled, but its answer is gone from the outbox: this is a new release
             reservation = reserve(again=True)
         return reservation
+
+    def _reserve_metrics(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:
+        """Charge for the noised metrics of a visit; the work is not done where the budget does not suffice for them."""
+        charge, count = metric_charge(self.config.policy), visit.evaluate + visit.baseline
+        if charge is None or not count:
+            return None
+        delta = plan.privacy.delta if plan.privacy else self.config.policy.delta
+        reserve = partial(
+            self.ledger.reserve,
+            account=self.config.data.name,
+            fingerprint=fingerprint,
+            study=f"{visit.run}/metrics",  # the plan's promise is of training alone
+            visit=inbox.key_of(visit),
+            charge=replace(charge, steps=count),
+            cap=Cap(self.config.policy.epsilon, delta),
+        )
+        reservation = reserve()
+        return reservation if reservation.key is not None else reserve(again=True)
 
     def _memory(self, visit: Visit) -> Path | None:
         """What a stateful strategy kept here after the last round before this one."""

@@ -51,7 +51,8 @@ class Policy(Frozen):
     max_steps: PositiveInt = 10_000  # in one round
     minimum_cohort: PositiveInt = 1  # a round must count only with at least this many sites
     partners: tuple[Name, ...] | None = None  # who may take part beside this site; None: anyone
-    metrics: bool = True  # whether metrics of the held-out part may leave; they are exact, not private
+    metrics: bool = True  # whether metrics of the held-out part may leave; they are exact, unless:
+    metric_noise: Annotated[float, Field(ge=MIN_NOISE)] | None = None  # only accuracy leaves, noised and charged
     minimum_count: PositiveInt = 10  # fewer held-out rows than this, and no metric leaves
     greatest_norm: Annotated[float, Field(gt=0)] | None = None  # of one answer: L2, all tensors together
     max_download_mb: PositiveInt = 2048  # of one message
@@ -100,6 +101,21 @@ def charge_of(plan: Plan) -> Charge | None:
     return Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
 
 
+def metric_charge(policy: Policy) -> Charge | None:
+    """What one noised metric costs: the Gaussian mechanism on a mean of zeros and ones, without sampling.
+
+    Neighbours: one record counts as zero, so that the mean of n records moves by at most 1/n; its noise is
+    ``metric_noise / n``. None where the policy does not noise metrics.
+    """
+    return Charge(policy.metric_noise, 1.0, 1) if policy.metrics and policy.metric_noise is not None else None
+
+
+def _metrics_of(plan: Plan) -> int:
+    """How many times a study asks a site for metrics: in rounds, at the end, and of the model trained alone."""
+    rounds = len(range(0, plan.rounds, plan.evaluation.every))
+    return rounds + 1 + plan.evaluation.baseline
+
+
 def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     """Every rule that bears on ``plan``, whether it holds or not."""
     others = [site for site in plan.sites if site != case.site]
@@ -118,12 +134,27 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         asked = f"{plan.norm:g}" if plan.norm is not None else "no bound"
         ok = plan.norm is not None and plan.norm <= policy.greatest_norm
         rules.append(_rule("norm", "L2 norm of one answer", ok, asked, f"at most {policy.greatest_norm:g}"))
-    return rules + (_without(policy) if plan.privacy is None else _privacy(policy, plan, case))
+    return rules + (_without(policy, plan, case) if plan.privacy is None else _privacy(policy, plan, case))
 
 
-def _without(policy: Policy) -> list[Rule]:
+def _without(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     allowed = "allowed" if policy.without_privacy else "not allowed"
-    return [_rule("privacy", "differential privacy", policy.without_privacy, "none", f"none is {allowed}")]
+    rules = [_rule("privacy", "differential privacy", policy.without_privacy, "none", f"none is {allowed}")]
+    if metric_charge(policy) is not None:
+        rules.append(_budget(policy, plan, case, [], policy.delta))
+    return rules
+
+
+def _budget(policy: Policy, plan: Plan, case: Case, training: list[Charge], delta: float) -> Rule:
+    """What the data set would have spent when the study is over, its noised metrics included."""
+    metric = metric_charge(policy)
+    metrics = [metric] * _metrics_of(plan) if metric is not None else []
+    total = epsilon([*case.spent, *training, *metrics], delta)
+    rule = _most("budget", "epsilon of the data set over all studies", total, policy.epsilon)
+    if not rule.ok and training:
+        rounds = affordable([*case.spent, *metrics], training[0], policy.epsilon, delta)
+        rule = rule._replace(allowed=f"{rule.allowed}, which is enough for {rounds} such rounds")
+    return rule
 
 
 def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
@@ -134,17 +165,12 @@ def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     charge = charge_of(plan)
     assert charge is not None
     whole = epsilon([charge] * plan.rounds, stated.delta)
-    total = epsilon([*case.spent, *[charge] * plan.rounds], stated.delta)
     rules = [
         _least("noise", "noise multiplier", charge.noise_multiplier, policy.least_noise),
         _most("delta", "delta", stated.delta, policy.delta),
         _most("epsilon", "the study's epsilon by its noise, against its promise", whole, stated.epsilon),
-        _most("budget", "epsilon of the data set over all studies", total, policy.epsilon),
+        _budget(policy, plan, case, [charge] * plan.rounds, stated.delta),
     ]
-    if not rules[-1].ok:
-        rounds = affordable(case.spent, charge, policy.epsilon, stated.delta)
-        enough = f"{rules[-1].allowed}, which is enough for {rounds} such rounds"
-        rules[-1] = rules[-1]._replace(allowed=enough)
     if policy.greatest_clip is not None:
         rules.append(_most("clip", "clip", stated.clip, policy.greatest_clip))
     if policy.epsilon_per_study is not None:

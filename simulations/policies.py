@@ -12,10 +12,10 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedtailor import tree
+from fedtailor import seeds, tree
 from fedtailor.config import readable
 from fedtailor.errors import ConfigError, RefusedError, WireError
-from fedtailor.leaving import Leaving, agreed
+from fedtailor.leaving import METRIC_DIGITS, Leaving, agreed
 from fedtailor.policy import Case, Policy, Rule, verdict
 from fedtailor.recipe import Metrics
 from fedtailor.study import Plan
@@ -69,10 +69,19 @@ class Gate(NamedTuple):
                 self.dropped.append({"round": round, "site": site, "code": f"airlock-{error.code}"})
         return None if len(kept) == len(tree.leaves(summands)[0]) else torch.tensor(kept, dtype=torch.long)
 
-    def metrics(self, site: str, measured: Metrics, test_rows: int) -> Metrics | None:
-        """What leaves of a site's metrics."""
+    def metrics(self, site: str, measured: Metrics, test_rows: int, which: int) -> Metrics | None:
+        """What leaves of a site's metrics; ``which`` names the release, for its seeded noise."""
         policy = self.policies[site]
-        return self.leaves.rounded(measured) if policy.metrics and test_rows >= policy.minimum_count else None
+        if not policy.metrics or test_rows < policy.minimum_count:
+            return None
+        rounded = self.leaves.rounded(measured)
+        if policy.metric_noise is None:
+            return rounded
+        if (exact := rounded.get("accuracy")) is None:
+            return None
+        rng = seeds.generator(self.plan.seed, "metric", site, which)
+        drawn = float(torch.randn((), generator=rng)) * policy.metric_noise / test_rows
+        return {"accuracy": min(max(round(exact + drawn, METRIC_DIGITS), 0.0), 1.0)}
 
 
 def admit(plan: Plan, policies: Mapping[str, Policy]) -> Gate:

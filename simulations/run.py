@@ -87,12 +87,12 @@ def simulate(
     alone: dict[str, Metrics] = {}
     if gate is not None:
         for past in history:
-            past["sites"] = _left(gate, past["sites"], data)
+            past["sites"] = _left(gate, past["sites"], data, past["round"])
     if plan.evaluation.baseline:
         for site in plan.sites:
             params = train_alone(recipe, data[site].train, plan, site)
             alone[site] = recipes.evaluate(recipe, params, data[site].test)
-    alone = alone if gate is None else _left(gate, alone, data)
+    alone = alone if gate is None else _left(gate, alone, data, -1)
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
     spent = _epsilon(plan)
@@ -124,9 +124,9 @@ def simulate(
     return result, params
 
 
-def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset]) -> dict[str, Metrics]:
+def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset], which: int) -> dict[str, Metrics]:
     """The metrics that leave their sites."""
-    left = {site: gate.metrics(site, metrics, len(data[site].test.y)) for site, metrics in measured.items()}
+    left = {site: gate.metrics(site, metrics, len(data[site].test.y), which) for site, metrics in measured.items()}
     return {site: metrics for site, metrics in left.items() if metrics is not None}
 
 

@@ -31,6 +31,7 @@ POLICIES = {
                      max_steps=5, approval="policy"),
     "particular": Policy(studies=("heart", "lungs"), epsilon=8.0, delta=1e-4, recipes=("tabular",), strategies=("fedavg",),
                          partners=("b", "c"), epsilon_per_study=3.0, approval="policy"),
+    "noised": Policy(studies=("heart",), epsilon=6.0, delta=1e-3, metric_noise=30.0, approval="policy"),
     "another": Policy(studies=("lungs",), epsilon=8.0, delta=1e-4, greatest_norm=500.0, max_upload_mb=1, approval="policy"),
 }  # fmt: skip
 
@@ -99,6 +100,9 @@ def real(tmp_path, policy: Policy, plan: Plan) -> tuple[str | None, float | None
     except RefusedError as error:
         return error.code, None
     finally:
+        metrics = [entry for entry in ledger.statement() if entry.study == "r/metrics"]
+        assert all(entry.settled_digest for entry in metrics)
+        assert len(metrics) == (trainer.of + 1 if policy.metric_noise and spent else 0)
         ledger.close()
 
 

@@ -75,6 +75,13 @@ def test_withheld_metrics_are_withheld(sources):
     assert result.sites["va"].metrics["federated"] == {} and result.sites["cleveland"].metrics["federated"]
 
 
+def test_noised_metrics_are_the_accuracy_alone(sources):
+    free, _ = simulate(plan(), sources)
+    result, _ = simulate(plan(), sources, policies=changed("va", metric_noise=2.0))
+    noised, exact = (r.sites["va"].metrics["federated"] for r in (result, free))
+    assert noised.keys() == {"accuracy"} and 0 < abs(noised["accuracy"] - exact["accuracy"]) < 10 * 2 / 60
+
+
 def test_a_file_holds_one_policy_or_one_a_site(tmp_path):
     path, one = tmp_path / "p.yaml", {"studies": ["heart"], "epsilon": 3.0, "delta": 1e-4}
     path.write_text(yaml.safe_dump(one))
