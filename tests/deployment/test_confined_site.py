@@ -26,7 +26,8 @@ def test_a_visit_that_takes_too_long_is_declined_and_the_next_one_is_done(lay_ou
     text = log.read_text()
     assert "refused (time): the training process was ended during visit: it took longer than 8 s" in text
     assert "policy.task_seconds" in text and "try 1 of 3" not in text
-    assert not [p.name for p in (site.site_home("va") / "state" / "outbox").iterdir()]
+    answers = [json.loads(p.read_text()) for p in (site.site_home("va") / "state" / "outbox").glob("*/visit.json")]
+    assert [one["listed"] for one in answers] == [{"agreed": True}], "it agreed, and nothing else is there to leave"
     before = text.count("training process: network")
     assert site.finish(site.submit(site.plan("rounds=2", "privacy=none")))["rounds"] == 2
     assert log.read_text().count("training process: network") == before == 1, "what is in force is said once"
