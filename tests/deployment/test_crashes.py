@@ -20,6 +20,15 @@ pytestmark = pytest.mark.deployment
 SLOW = ("rounds=4", "local.steps=150", "local.lr=0.02")  # a round takes a second or two: there is a middle to hit
 
 
+def trained(outbox: Path) -> set[str]:
+    """The answers that hold tensors."""
+    found = set()
+    for path in outbox.glob("[!.]*/visit.json"):
+        if "tensors" in json.loads(path.read_text())["listed"]:
+            found.add(path.parent.name)
+    return found
+
+
 def in_round(deployment, run, round):
     deployment.until(lambda: deployment.status(run)["round"] >= round, 60, f"round {round} of {run}")
 
@@ -66,9 +75,9 @@ def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
     """The site's answer is durable and on its way: it must arrive once, and cost once."""
     plan = deployment.plan("privacy=record", "rounds=3")
     outbox: Path = deployment.site_home("va") / "state" / "outbox"
-    before = {p.name for p in outbox.iterdir()}
+    before = trained(outbox)
     run = deployment.submit(plan)
-    deployment.until(lambda: {p.name for p in outbox.iterdir() if p.name[0] != "."} - before, 60, "an answer", 0.001)
+    deployment.until(lambda: trained(outbox) - before, 60, "an answer", 0.001)
     deployment.kill(victim)
     deployment.start(victim)
     result = deployment.finish(run)
@@ -81,9 +90,9 @@ def test_a_run_survives_kill_9_with_half_an_answer_sent(deployment, victim):
     large = ("recipe=heart_mlp", "recipe.hidden=60000", "local.steps=1", "evaluation.baseline=false")
     plan = deployment.plan("privacy=none", "rounds=2", *large)
     outbox, transit = deployment.site_home("va") / "state" / "outbox", deployment.server_home / "transit"
-    before = set(outbox.iterdir())
+    before = trained(outbox)
     run = deployment.submit(plan)
-    deployment.until(lambda: {p for p in outbox.iterdir() if p.name[0] != "."} - before, 60, "an answer", 0.001)
+    deployment.until(lambda: trained(outbox) - before, 60, "an answer", 0.001)
     known = set(transit.iterdir())
     deployment.until(lambda: set(transit.iterdir()) - known, 60, "a chunk of it", 0.001)
     deployment.kill(victim)

@@ -19,7 +19,7 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from safetensors.torch import load, save
 
-from fedtailor import pki, wire
+from fedtailor import pki, seals, wire
 from fedtailor.client.fleet import Fleet
 from fedtailor.errors import ConnectionFailed
 from fedtailor.invitation import ENROL, RENEW
@@ -154,7 +154,7 @@ def test_a_run_injected_into_the_database_reaches_no_site(deployment, tmp_path):
     before = deployment.ask_site("va", "Status")
     run, task = link.open_run()
     node = link.nodes()["va"].node_id
-    link.push(run, RecordDict({"fab": ConfigRecord({"code": "import os"})}), [node], 60)
+    link.push(run, {node: RecordDict({"fab": ConfigRecord({"code": "import os"})})}, 60)
     time.sleep(3)
     after = deployment.ask_site("va", "Status")
     assert after["worker_pid"] == before["worker_pid"] and after["bytes_sent"] == before["bytes_sent"]
@@ -171,6 +171,7 @@ class Cheat(threading.Thread):
         super().__init__(daemon=True)
         self.fleet = Fleet(f"127.0.0.1:{deployment.port}", deployment.site_home("va") / "keys")
         self.make, self.ending = make, threading.Event()
+        self.key = pki.load_key(deployment.site_home("va") / "keys" / "site.key")
         self.fleet.join(self.node(deployment))
 
     @staticmethod
@@ -187,14 +188,20 @@ class Cheat(threading.Thread):
             sink = io.BytesIO()
             head, _ = wire.pour(got[1], self.fleet.fetch(got[0]), sink, 2**24)
             visit = Visit.model_validate_json(head)
+            witness = seals.sign(self.key, "witness", visit.witnessed())
+            if not (visit.train or visit.evaluate):  # it agrees to the proposal like any other site
+                payload = save({})
+                honest = report(visit, witness=witness, summand_sha256=hashlib.sha256(payload).hexdigest())
+                self.fleet.answer(got[0], wire.record(honest, wire.salted(honest.salt)(payload)), 0.1)
+                continue
             cast = load(sink.getvalue())
             delta = {name.replace("params/", "delta/"): torch.zeros_like(x) for name, x in cast.items()}
             honest = {**delta, "weight": torch.tensor(134.0)} if visit.train else {}
-            payload, report = self.make(honest, visit)
-            if report is not None:
+            payload, said = self.make(honest, visit)
+            if said is not None:
                 named = hashlib.sha256(payload).hexdigest()
-                report = report.model_copy(update={"summand_sha256": named} if report.rows else {})
-                self.fleet.answer(got[0], wire.record(report, wire.salted(report.salt)(payload)), 0.1)
+                said = said.model_copy(update={"witness": witness} | ({"summand_sha256": named} if said.rows else {}))
+                self.fleet.answer(got[0], wire.record(said, wire.salted(said.salt)(payload)), 0.1)
 
     def close(self):
         self.ending.set()
