@@ -103,7 +103,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     hidden = arguments.parameters // WIDTH
-    large = ["privacy=none", "rounds=3", "recipe=heart_mlp", f"recipe.hidden={hidden}", "local.steps=1",
+    large = ["privacy=none", "rounds=3", "norm=null", "recipe=heart_mlp", f"recipe.hidden={hidden}", "local.steps=1",
              "local.rate=0.03", "evaluation.every=1000", "evaluation.baseline=false"]  # fmt: skip
     found: dict[str, Any] = {
         "heart": {"fedtailor": measure([f"rounds={arguments.rounds}"])},

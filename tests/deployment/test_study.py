@@ -107,7 +107,13 @@ def test_watch_follows_a_run_to_its_end(deployment):
     run = deployment.submit(deployment.plan("privacy=none", "rounds=2"))
     code, out, _ = command("server", "watch", run, "--home", str(deployment.server_home), "--json")
     kinds = [json.loads(line)["kind"] for line in out.splitlines()]
-    assert code == 0 and kinds[0] == "started" and kinds[-1] == "finished" and kinds.count("round") == 2
+    assert (
+        code == 0
+        and kinds[0] == "proposal"
+        and "started" in kinds
+        and kinds[-1] == "finished"
+        and kinds.count("round") == 2
+    )
 
 
 @pytest.mark.parametrize(
