@@ -161,6 +161,7 @@ def examine(
     heads: Sequence[str] = (),
     ca: bytes | None = None,
     accept: Sequence[str] = (),
+    every: bool = True,
 ) -> tuple[list[str], list[str]]:
     """Everything that is wrong with an export, and what else its reader should know; both in plain words.
 
@@ -169,6 +170,7 @@ def examine(
         heads: noted before, each ``LOG:NUMBER:HASH``; ValueError if one is not of that form.
         ca: the consortium's certificate (PEM), to check the site's.
         accept: changes of key that are known to be honest though the old key was lost, each ``LOG:NUMBER``.
+        every: as in :func:`follow`.
     """
     wrong: list[str] = []
     notes: list[str] = []
@@ -177,7 +179,7 @@ def examine(
     key = base64.b64encode(certificate.public_key().public_bytes(der, spki)).decode()
     for log in LOGS:
         try:
-            head = follow(log, export[log])
+            head = follow(log, export[log], every=every)
         except Wrong as error:
             wrong.append(f"{log}: {error}")
             continue

@@ -117,15 +117,15 @@ def load_contract(name: str) -> Contract:
         raise ConfigError(f"contract {name!r} is malformed: {error}") from error
 
 
-def check(contract: Contract, table: Table) -> list[Row]:
+def check(contract: Contract, table: Table, most: int = MOST_PROBLEMS) -> list[Row]:
     """Every row of ``table``, checked and coded.
 
     Raises:
-        ContractError: with up to ten problems, each naming column, row (the first is 1), value and the way out.
+        ContractError: with up to ``most`` problems, each naming column, row (the first is 1), value and the way out.
     """
     problems = list(_columns(contract, table))
     if problems:
-        raise ContractError(_told(problems))
+        raise ContractError(_told(problems, most))
     readers = [_reader(column) for column in contract.columns]
     rows: list[Row] = []
     count = len(table[contract.label.name])
@@ -144,11 +144,11 @@ def check(contract: Contract, table: Table) -> list[Row]:
             label = 0.0
         if subjects is not None and not subjects[i]:
             problems.append(f"{contract.subject}, row {i + 1}: the subject is missing; every row needs one")
-        if len(problems) > MOST_PROBLEMS:
+        if len(problems) > most:
             break
         rows.append(Row(tuple(values), label, subjects[i] if subjects is not None else None))
     if problems:
-        raise ContractError(_told(problems))
+        raise ContractError(_told(problems, most))
     if count < contract.min_rows:
         raise ContractError(f"{count} rows; the contract {contract.name!r} asks for at least {contract.min_rows}")
     return rows
@@ -163,9 +163,10 @@ def _columns(contract: Contract, table: Table) -> Iterator[str]:
             yield f"column {name!r} is missing" + (f"; rename {near[0]!r}, if that is it" if near else "")
 
 
-def _told(problems: list[str]) -> str:
-    more = ["and more: only the first ten are told"] if len(problems) > MOST_PROBLEMS else []
-    return "; ".join(problems[:MOST_PROBLEMS] + more)
+def _told(problems: list[str], most: int) -> str:
+    count = "ten" if most == MOST_PROBLEMS else most
+    more = [f"and more: only the first {count} are told"] if len(problems) > most else []
+    return "; ".join(problems[:most] + more)
 
 
 def _same(cell: Code) -> str:

@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from fedtailor.cli import approval, client, demo, roster, server, simulate
+from fedtailor.cli import approval, client, demo, doctor, roster, server, simulate
 from fedtailor.errors import ConfigError, FedtailorError, RefusedError
 
 app = typer.Typer(
@@ -20,6 +20,7 @@ for command in (roster.invite, roster.sites, roster.approve, roster.deny, roster
 app.add_typer(server.app, name="server")
 app.add_typer(client.app, name="client")
 approval.add_to(client.app)
+client.app.command()(doctor.doctor)
 app.command("simulate")(simulate.simulate)
 app.command("demo")(demo.demo)
 
