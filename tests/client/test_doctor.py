@@ -1,5 +1,6 @@
 """The doctor: each check finds what it is for, says how to mend it, and none takes the others with it."""
 
+import io
 import json
 import os
 import shutil
@@ -184,10 +185,11 @@ def test_a_disk_that_is_nearly_full_or_cannot_be_written(folder, site, monkeypat
         assert row.state == state and f"{free} MB" in row.found
     bad(row, "policy.max_download_mb", state="warning")
 
-    def full(**_):
-        raise OSError(28, "No space left on device")
+    class Full(io.BytesIO):
+        def write(self, data):
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", full)
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", lambda **_: Full())
     bad(only(lambda: doctor._disk(site)), "nothing can be written", "No space left", "make room")
 
 

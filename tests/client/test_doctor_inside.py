@@ -146,7 +146,8 @@ def test_a_host_that_offers_less_is_said_and_is_wrong_where_the_site_requires_it
         for config in (site.config, change(site.home.folder, confinement="required").config):
             (row,) = look(site._replace(config=config))
             assert row.state == (strict if config.confinement == "required" else state), row
-            assert all(text in row.found for text in found.missing) and bool(row.mend) == (row.state != "ok")
+            assert row.found.startswith("network: ") and all(text in row.found for text in found.missing)
+            assert bool(row.mend) == (row.state != "ok")
     assert not [path for path in site.home.state.iterdir() if path.name.startswith(".doctor")]
 
 
