@@ -3,7 +3,7 @@ PYTHON ?= python3
 STAMP := .venv/.installed
 WHEEL := .venv/.wheel
 
-.PHONY: venv demo test check bench clean
+.PHONY: venv demo test test-slow check bench clean
 venv: $(STAMP)
 
 # torch first and by itself: the pinned release, before anything else can ask for another build of it.
@@ -19,6 +19,9 @@ demo: $(STAMP)
 # The tests run against the built wheel, from a folder where the checkout cannot be imported.
 test: $(STAMP)
 	scripts/test
+
+test-slow: $(STAMP)
+	scripts/test -m slow
 
 check: $(STAMP)
 	scripts/check

@@ -50,8 +50,15 @@ def every_round_was_charged_once(deployment, run, plan, result):
         assert result["sites"][site]["epsilon"] == pytest.approx(epsilon([charge] * plan.rounds, plan.privacy.delta))
 
 
-@pytest.mark.parametrize("privacy", ["none", "record"])
-@pytest.mark.parametrize("victim", ["server", "worker", "va"])
+def slow(*case):
+    return pytest.param(*case, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(
+    ("victim", "privacy"),
+    [("server", "none"), slow("server", "record"), slow("worker", "none"), ("worker", "record"), slow("va", "none"),
+     ("va", "record")],
+)  # fmt: skip
 def test_a_run_survives_kill_9_in_mid_round(deployment, victim, privacy):
     plan = deployment.plan(f"privacy={privacy}", *SLOW)
     run = deployment.submit(plan)

@@ -241,7 +241,10 @@ CHEATS = {
 }
 
 
-@pytest.mark.parametrize("code", CHEATS)
+OFTEN = ("nonfinite", "keys", "format", "oversized")
+
+
+@pytest.mark.parametrize("code", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in CHEATS])
 def test_a_bad_reply_is_dropped_and_named_and_the_round_goes_on(deployment, code):
     deployment.processes["va"].terminate()
     deployment.processes["va"].wait()

@@ -24,7 +24,13 @@ def command(*arguments):
 
 
 @pytest.mark.parametrize(
-    "strategy", ["fedavg", "scaffold", "qfedavg", "quantise 'strategy.of={name: centred_clipping, radius: 2}'"]
+    "strategy",
+    [
+        "fedavg",
+        "scaffold",
+        pytest.param("qfedavg", marks=pytest.mark.slow),
+        pytest.param("quantise 'strategy.of={name: centred_clipping, radius: 2}'", marks=pytest.mark.slow),
+    ],
 )
 def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy):
     """Also where sites keep a memory, report by their loss, or choose at random, and where the server sees all replies."""
