@@ -44,7 +44,7 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             write_csv(sources[site].table(), data)
             admit(home, site, place, Settings(data, ["heart"], 100.0, 1e-4))
             config = place / "site.yaml"
-            config.write_text(config.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n"))
+            config.write_text(config.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n  approval: policy\n"))
         environment = os.environ | {"NO_PROXY": "127.0.0.1,localhost"}
         with Family(folder, environment) as family:
             command = [sys.executable, "-m", "fedtailor"]
