@@ -25,6 +25,7 @@ from fedtailor.client.joining import Settings
 from fedtailor.config import load
 from fedtailor.datasets import heart_disease, write_csv
 from fedtailor.errors import ConnectionFailed
+from fedtailor.leaving import agreed
 from fedtailor.privacy.planning import resolve
 from fedtailor.server.home import Home, ServerConfig
 
@@ -44,7 +45,9 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             write_csv(sources[site].table(), data)
             admit(home, site, place, Settings(data, ["heart"], 100.0, 1e-4))
             config = place / "site.yaml"
-            config.write_text(config.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n  approval: policy\n"))
+            config.write_text(
+                config.read_text().replace("policy:\n", "policy:\n  without_privacy: true\n  approval: policy\n")
+            )
         environment = os.environ | {"NO_PROXY": "127.0.0.1,localhost"}
         with Family(folder, environment) as family:
             command = [sys.executable, "-m", "fedtailor"]
@@ -55,7 +58,8 @@ def measure(overrides: list[str]) -> dict[str, Any]:
             idle = resident(server.pid)
             plan = resolve(load(["study=heart", "deadline_s=600", *overrides]).plan)
             with PeakMemory(server.pid, 0.02) as peak:
-                run = _ask(home, "Submit", {"plan": plan.canonical(), "config": ""})["run"]
+                request = {"plan": plan.canonical(), "config": "", "leaves": agreed(plan.canonical()).model_dump_json()}
+                run = _ask(home, "Submit", request)["run"]  # as `fedtailor server submit` asks it
                 _until(lambda: _status(home, run) in ("completed", "failed"))
             if _status(home, run) != "completed":
                 raise RuntimeError(f"the study failed: {_ask(home, 'Runs')}")

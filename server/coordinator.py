@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from fedtailor import control, pki, proposal, store
 from fedtailor.config import build, readable
 from fedtailor.errors import ConfigError, ConnectionFailed
+from fedtailor.leaving import Leaving
 from fedtailor.recipe import Recipe
 from fedtailor.seals import Public
 from fedtailor.server import renewal, roster, withdrawals
@@ -144,9 +145,14 @@ class Coordinator:
         build(plan.recipe, Recipe)
         build(plan.strategy, Strategy)
         days = float(request.get("days", 30.0))
+        try:
+            leaves = Leaving.model_validate_json(request["leaves"]) if "leaves" in request else None
+        except ValidationError as error:
+            raise ConfigError(f"leaves: {readable(error)}") from error
 
         def signed(run: str) -> str:
-            return proposal.signed(proposal.propose(plan, run, self._keys(plan), days=days), self.home.signer())
+            made = proposal.propose(plan, run, self._keys(plan), days=days, leaves=leaves)
+            return proposal.signed(made, self.home.signer())
 
         run = Run.create(self.home.studies, plan, request.get("config", ""), signed)
         self._begin(run)

@@ -248,11 +248,13 @@ def _follow(home: Path, overrides: list[str], rounds: int, processes: Processes,
 
     from fedtailor import control
     from fedtailor.config import load
+    from fedtailor.leaving import agreed
     from fedtailor.privacy.planning import resolve
 
     plan = resolve(load(overrides).plan)
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-    run = str(ask(home, "Submit", {"plan": plan.canonical(), "config": config})["run"])
+    leaves = agreed(plan.canonical()).model_dump_json()
+    run = str(ask(home, "Submit", {"plan": plan.canonical(), "config": config, "leaves": leaves})["run"])
     _approve(home.parent / "sites", plan.sites, run, processes, console)
     columns = (
         TextColumn("{task.description}"),

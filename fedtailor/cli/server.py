@@ -69,6 +69,7 @@ def submit(
     import yaml
 
     from fedtailor.config import load
+    from fedtailor.leaving import agreed
     from fedtailor.privacy.planning import resolve
 
     if resume:
@@ -76,7 +77,8 @@ def submit(
     else:
         plan = resolve(load(overrides or []).plan)
         config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-        answer = ask(home, "Submit", {"plan": plan.canonical(), "config": config, "days": days})
+        leaves = agreed(plan.canonical()).model_dump_json()
+        answer = ask(home, "Submit", {"plan": plan.canonical(), "config": config, "days": days, "leaves": leaves})
     if not show(answer, json):
         Console().print(
             f"proposed: {answer['run']}; follow it with: fedtailor server watch {answer['run']} --home {home}"
