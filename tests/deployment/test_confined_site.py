@@ -13,6 +13,7 @@ from fedtailor.client import landlock
 pytestmark = pytest.mark.deployment
 
 
+@pytest.mark.slow  # tests/attacks/test_worker_limits.py tries the limits themselves
 def test_a_visit_that_takes_too_long_is_declined_and_the_next_one_is_done(lay_out):
     site = lay_out("va")
     path = site.site_home("va") / "site.yaml"
