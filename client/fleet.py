@@ -147,6 +147,8 @@ class Fleet:
         """How to read an object of a message."""
 
         def read(object_id: str) -> bytes:
+            if time.time() > envelope.expires:  # a coordinator could drip a message for ever
+                raise WireError("the coordinator's message did not arrive in its time", code="time")
             request = PullObjectRequest(node=self.node, run_id=envelope.flower_run, object_id=object_id)
             for _ in range(600):
                 try:
