@@ -26,7 +26,8 @@ from fedtailor.strategy import model_in
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Params, Tree
 
-MNIST = Path(os.environ.get("FEDTAILOR_DATA", "/work/shared/data")) / "mnist" / "mnist.npz"
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside a checkout, unless the environment says where
+MNIST = Path(os.environ.get("FEDTAILOR_DATA", DATA)) / "mnist" / "mnist.npz"
 LR, BATCH, STEPS, LIARS = 0.1, 32, 20, 4
 SKEWED: dict[str, Strategy] = {
     "fedavg": strategies.fedavg(),

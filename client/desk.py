@@ -12,7 +12,7 @@ from fedtailor.client.rehearsal import rehearse
 from fedtailor.client.statement import statement
 from fedtailor.client.visits import Visits
 from fedtailor.errors import RefusedError
-from fedtailor.policy import Case, refuse, verdict
+from fedtailor.policy import refuse
 
 Asked = dict[str, Any]
 
@@ -65,9 +65,8 @@ class Desk:
 
     def _shown(self, known: Known) -> Asked:
         policy, proposal = self.config.policy, known.proposal
-        data = self.state.get("data")
-        charges = self.ledger.charges(self.config.data.name, data["fingerprint"] if data else "", without=proposal.run)
-        rules = verdict(policy, proposal.plan, Case(self.config.site, charges, proposal.leaves.bytes))
+        fingerprint = (self.state.get("data") or {}).get("fingerprint", "")
+        rules = self.visits.verdict(known, self.visits.spent_before(proposal.run, fingerprint))
         return inspection.document(proposal, rules) | {
             "state": self.visits.stands(known),
             "decided": known.standing.who,
@@ -87,7 +86,7 @@ class Desk:
         self.state["data"] = data._asdict()
         shown = self._shown(known)
         allowed = all(rule.ok for rule in inspection.rules(shown))
-        spent = self.ledger.charges(self.config.data.name, data.fingerprint, without=known.proposal.run)
+        spent = self.visits.spent_before(known.proposal.run, data.fingerprint)
         forecast = rehearse(self.visits, known, data, spent)._asdict() if allowed else None
         return shown | {"rows": data.rows, "notes": data.notes, "forecast": forecast}
 

@@ -19,6 +19,7 @@ from fedtailor.seals import Public, canonical, genuine, public, spelled
 from fedtailor.study import Frozen
 from fedtailor.wire import Visit
 
+MOST = 10_000  # proposals on file: a coordinator must not fill the disk with them
 State = Literal["pending", "approved", "refused", "stopped", "withdrawn"]
 
 
@@ -105,6 +106,8 @@ class Plans:
             raise RefusedError("this site and its key are not in the proposal's roster", code="roster")
         installed(proposal)
         if not (folder / "proposal.json").exists():
+            if sum(1 for _ in self.folder.iterdir()) >= MOST:
+                raise RefusedError(f"{MOST} proposals are on file; remove old ones from {self.folder}", code="plan")
             folder.mkdir(mode=0o700, exist_ok=True)
             store.write_text(folder / "signed.json", visit.proposal)
             store.write_text(folder / "proposal.json", proposal.canonical())

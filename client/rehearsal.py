@@ -14,7 +14,7 @@ from fedtailor.client import airlock, inbox
 from fedtailor.client.plans import Known
 from fedtailor.client.visits import Described, Visits
 from fedtailor.config import build
-from fedtailor.policy import charge_of
+from fedtailor.policy import charges_of
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.receipts import Head
 from fedtailor.recipe import Recipe
@@ -42,38 +42,43 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
         RefusedError: what the airlock would say.
         FedtailorError: what the training process would.
     """
-    plan, home = known.proposal.plan, visits.home
+    plan, policy, kinds = known.proposal.plan, visits.config.policy, _kinds(known.proposal.plan)
     cast = _cast(plan)
-    sizes, took = {}, {}
-    with tempfile.TemporaryDirectory(dir=home.state, prefix=".rehearsal-") as scratch:
-        outbox = Path(scratch)
-        for name, asks in _ASKS.items():
-            evaluates = {"evaluate": True} if name == "train" else {"baseline": plan.evaluation.baseline}
-            visit = _visit(known, cast, **asks | (evaluates if name != "agree" else {}))
-            began = time.monotonic()
-            _perform(visits, visit, known, data, cast if name != "agree" else b"", outbox)
-            took[name] = time.monotonic() - began
-            stored = inbox.stored(outbox, visit)
+    sizes, took = [], []
+    with tempfile.TemporaryDirectory(dir=visits.home.state, prefix=".rehearsal-") as scratch:
+        for kind in kinds:
+            visit, began = _visit(known, cast, **kind.asks), time.monotonic()
+            _perform(visits, visit, known, data, cast if kind.asks else b"", Path(scratch))
+            took.append(time.monotonic() - began)
+            stored = inbox.stored(Path(scratch), visit)
             assert stored is not None
-            sizes[name] = len(stored.payload) + len(stored.report.model_dump_json())
-    charge, delta = charge_of(plan), plan.privacy.delta if plan.privacy else 0.0
-    charges = [charge] * plan.rounds if charge is not None else []
+            sizes.append(len(stored.payload) + len(stored.report.model_dump_json()))
+    charges, delta = charges_of(policy, plan), plan.privacy.delta if plan.privacy else policy.delta
+    training = charges[: plan.rounds] if plan.privacy else []
     return Forecast(
-        epsilon=epsilon(charges, delta) if charges else None,
+        epsilon=epsilon(training, delta) if training else None,
         epsilon_after=epsilon([*spent, *charges], delta) if charges else None,
-        bytes_out=sizes["agree"] + plan.rounds * sizes["train"] + sizes["evaluate"],
+        bytes_out=sum(kind.times * size for kind, size in zip(kinds, sizes, strict=True)),
         bytes_in=(plan.rounds + 1) * (len(cast) + len(_visit(known, cast, train=True).model_dump_json())),
-        seconds_a_round=round(took["train"], 3),
-        minutes=round((plan.rounds * took["train"] + took["evaluate"]) / 60, 2),
+        seconds_a_round=round(took[1], 3),
+        minutes=round(sum(kind.times * seconds for kind, seconds in zip(kinds, took, strict=True)) / 60, 2),
         memory_mb=_peak_mb(visits.workshop.pid),
     )
 
 
-_ASKS = {
-    "agree": {},
-    "train": {"train": True},
-    "evaluate": {"evaluate": True},
-}  # the three kinds of visits that a study makes
+class _Kind(NamedTuple):
+    """A kind of visit that a study makes, and how often."""
+
+    asks: dict[str, bool]
+    times: int
+
+
+def _kinds(plan: Plan) -> list[_Kind]:
+    evaluated = len(range(0, plan.rounds, plan.evaluation.every))
+    kinds = [_Kind({}, 1), _Kind({"train": True, "evaluate": True}, evaluated)]
+    if evaluated < plan.rounds:
+        kinds.append(_Kind({"train": True}, plan.rounds - evaluated))
+    return [*kinds, _Kind({"evaluate": True, "baseline": plan.evaluation.baseline}, 1)]
 
 
 def _visit(known: Known, cast: bytes, train: bool = False, evaluate: bool = False, baseline: bool = False) -> Visit:
@@ -97,7 +102,8 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
         return
     if head is None and known.proposal.plan.privacy is not None:  # the study's first round will make one
         head = Head(count=1, hash="0" * 64, signature=seals.sign(visits.key, "ledger-head", ""))
-    entry, out = visits.home.inbox / ".rehearsal", visits.home.state / "work" / "rehearsal"
+    own = f"rehearsal-{secrets.token_hex(8)}"  # two people may rehearse at a time
+    entry, out = visits.home.inbox / f".{own}", visits.home.state / "work" / own
     facts = airlock.Facts(
         epsilon=1.2345678901234567 if known.proposal.plan.privacy else None,  # a number of the usual length
         rows=data.rows,

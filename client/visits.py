@@ -17,7 +17,8 @@ from fedtailor.client.site import Home, SiteConfig
 from fedtailor.client.withdrawals import Withdrawals
 from fedtailor.client.workshop import Workshop
 from fedtailor.errors import RefusedError
-from fedtailor.policy import Case, Rule, charge_of, metric_charge, open_now, refuse, verdict
+from fedtailor.policy import Case, Rule, charge_of, metric_charge, open_now, refuse
+from fedtailor.policy import verdict as judged
 from fedtailor.privacy.accounting import Cap, Charge, epsilon
 from fedtailor.receipts import Head
 from fedtailor.seals import Private
@@ -108,7 +109,7 @@ class Visits:
     def perform(self, entry: Entry, visit: Visit, known: Known) -> None:
         """Do the visit's work and leave its answer in the outbox. Done again after a crash, it is the same answer."""
         policy, plan = self.config.policy, known.proposal.plan
-        refuse(self._verdict(known, []))  # before the data are touched at all
+        refuse(self.verdict(known, []))  # before the data are touched at all
         refuse_unless_approved(self.stands(known), known)
         warrants.check(visit, known, policy, self.plans.signer, self.plans.own, self.ledger)
         asks = visit.train or visit.evaluate or visit.baseline
@@ -120,7 +121,7 @@ class Visits:
         data = self.described(plan)
         self.state["data"] = data._asdict()
         self.note("data", name=self.config.data.name, fingerprint=data.fingerprint)
-        rules = self._verdict(known, self._spent_before(visit.run, data.fingerprint))
+        rules = self.verdict(known, self.spent_before(visit.run, data.fingerprint))
         self.note("judged", run=visit.run, proposal=known.digest, against=[rule.code for rule in rules if not rule.ok])
         refuse(rules)
         inbox.tidy(self.home.outbox, visit)
@@ -145,13 +146,13 @@ class Visits:
         )
         try:
             airlock.admit(out, self.home.outbox, visit, known.proposal.leaves, policy, facts)
-            if metric is not None:
-                self.ledger.settle(metric.id, inbox.key_of(visit))
         except RefusedError as error:  # whatever trains here tried to say something else: not once more
             self.plans.decide(known, "stopped", "airlock", error.code)
             raise
         finally:
             shutil.rmtree(out, ignore_errors=True)
+        if metric is not None:
+            self.ledger.settle(metric.id, inbox.key_of(visit))
 
     def described(self, plan: Plan) -> Described:
         """The data, by the training process's word as far as this daemon can check it: the counts will leave."""
@@ -188,11 +189,11 @@ class Visits:
             return None
         return Head(count=count, hash=hash, signature=seals.sign(self.key, "ledger-head", f"{count}:{hash}"))
 
-    def _verdict(self, known: Known, spent: list[Charge]) -> list[Rule]:
+    def verdict(self, known: Known, spent: list[Charge]) -> list[Rule]:
         proposal = known.proposal
-        return verdict(self.config.policy, proposal.plan, Case(self.config.site, spent, proposal.leaves.bytes))
+        return judged(self.config.policy, proposal.plan, Case(self.config.site, spent, proposal.leaves.bytes))
 
-    def _spent_before(self, run: str, fingerprint: str) -> list[Charge]:
+    def spent_before(self, run: str, fingerprint: str) -> list[Charge]:
         """What other runs have charged to the data."""
         return self.ledger.charges(self.config.data.name, fingerprint, without=run)
 

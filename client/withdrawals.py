@@ -31,8 +31,8 @@ class Withdrawals:
 
     def say(self, says: Literal["withdrawn", "back"], study: str | None) -> Notice:
         """Withdraw, or be back; in force when this returns, whether or not the coordinator can be told now."""
-        notice = withdrawal.noticed(pki.load_key(self.keys / "site.key"), self.site, study, says)
-        number = len(list(self.folder.glob("*.json")))
+        number = len(self._paths())
+        notice = withdrawal.noticed(pki.load_key(self.keys / "site.key"), self.site, number, study, says)
         store.write_text(self.folder / f"{number:06d}.json", notice.model_dump_json())
         self.untold.set()
         return notice

@@ -56,6 +56,7 @@ def perform(
     with torch.device("meta"):  # shapes only
         expected = strategy.broadcast(strategy.init(recipes.shapes(recipe)))
     leaving.check(tree.flatten(cast), leaving.spec_of(expected))
+    leaving.plausible(tree.flatten(cast))
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
                     summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
     update: dict[str, object] = {}

@@ -18,6 +18,7 @@ from fedtailor.strategy import PIECE, Strategy, standing
 from fedtailor.study import Frozen, Plan
 from fedtailor.tree import Tree, finite, map
 
+HUGE = 1e6  # of a weight that is cast
 GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
 SHARES = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "c_index")  # from 0 to 1
 METRIC_DIGITS = 4  # of what a site measures; a metric then carries at most 14 bits
@@ -118,6 +119,17 @@ def check(flat: dict[str, torch.Tensor], spec: Spec) -> None:
             raise WireError(f"{path} has shape {tuple(tensor.shape)}, agreed is {shape}", code="shape")
         if not finite(tensor):
             raise WireError(f"{path} holds a value that is not finite", code="nonfinite")
+
+
+def plausible(flat: dict[str, torch.Tensor]) -> None:
+    """Refuse a model with weights of a size that no training needs: they are a way to steer what the answer says.
+
+    Raises:
+        WireError: code ``huge``.
+    """
+    for path, tensor in flat.items():
+        if tensor.is_floating_point() and tensor.numel() and max(-float(tensor.min()), float(tensor.max())) > HUGE:
+            raise WireError(f"{path} holds a value beyond {HUGE:g}", code="huge")
 
 
 def size_limit(spec: Spec) -> int:

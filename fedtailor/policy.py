@@ -110,10 +110,15 @@ def metric_charge(policy: Policy) -> Charge | None:
     return Charge(policy.metric_noise, 1.0, 1) if policy.metrics and policy.metric_noise is not None else None
 
 
-def _metrics_of(plan: Plan) -> int:
-    """How many times a study asks a site for metrics: in rounds, at the end, and of the model trained alone."""
-    rounds = len(range(0, plan.rounds, plan.evaluation.every))
-    return rounds + 1 + plan.evaluation.baseline
+def charges_of(policy: Policy, plan: Plan) -> list[Charge]:
+    """Everything that a study would charge to the data set: its training, and its metrics where they are noised.
+
+    A study asks for metrics in rounds, at the end, and of the model trained alone.
+    """
+    training, metric = charge_of(plan), metric_charge(policy)
+    evaluations = len(range(0, plan.rounds, plan.evaluation.every)) + 1 + plan.evaluation.baseline
+    charges = [training] * plan.rounds if training is not None else []
+    return charges + ([metric] * evaluations if metric is not None else [])
 
 
 def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
@@ -141,18 +146,17 @@ def _without(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     allowed = "allowed" if policy.without_privacy else "not allowed"
     rules = [_rule("privacy", "differential privacy", policy.without_privacy, "none", f"none is {allowed}")]
     if metric_charge(policy) is not None:
-        rules.append(_budget(policy, plan, case, [], policy.delta))
+        rules.append(_budget(policy, plan, case, policy.delta))
     return rules
 
 
-def _budget(policy: Policy, plan: Plan, case: Case, training: list[Charge], delta: float) -> Rule:
-    """What the data set would have spent when the study is over, its noised metrics included."""
-    metric = metric_charge(policy)
-    metrics = [metric] * _metrics_of(plan) if metric is not None else []
-    total = epsilon([*case.spent, *training, *metrics], delta)
+def _budget(policy: Policy, plan: Plan, case: Case, delta: float) -> Rule:
+    """What the data set would have spent when the study is over."""
+    charges, training = charges_of(policy, plan), charge_of(plan)
+    total = epsilon([*case.spent, *charges], delta)
     rule = _most("budget", "epsilon of the data set over all studies", total, policy.epsilon)
-    if not rule.ok and training:
-        rounds = affordable([*case.spent, *metrics], training[0], policy.epsilon, delta)
+    if not rule.ok and training is not None:
+        rounds = affordable([*case.spent, *charges[plan.rounds :]], training, policy.epsilon, delta)
         rule = rule._replace(allowed=f"{rule.allowed}, which is enough for {rounds} such rounds")
     return rule
 
@@ -169,7 +173,7 @@ def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         _least("noise", "noise multiplier", charge.noise_multiplier, policy.least_noise),
         _most("delta", "delta", stated.delta, policy.delta),
         _most("epsilon", "the study's epsilon by its noise, against its promise", whole, stated.epsilon),
-        _budget(policy, plan, case, [charge] * plan.rounds, stated.delta),
+        _budget(policy, plan, case, stated.delta),
     ]
     if policy.greatest_clip is not None:
         rules.append(_most("clip", "clip", stated.clip, policy.greatest_clip))

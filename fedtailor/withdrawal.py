@@ -3,7 +3,7 @@
 import time
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import NonNegativeInt, ValidationError
 
 from fedtailor.errors import WireError
 from fedtailor.seals import Private, Public, canonical, genuine, sign
@@ -13,9 +13,10 @@ NOTICE = "/v1/notice"  # a notice is posted there
 
 
 class Notice(Frozen):
-    """What a site says, in force until it says otherwise; of two, the later counts."""
+    """What a site says, in force until it says otherwise; of two, the one with the greater number counts."""
 
     site: Name
+    number: NonNegativeInt
     study: Name | None = None  # None: all of them
     says: Literal["withdrawn", "back"]
     time: int  # seconds since the epoch, by the site's clock
@@ -23,12 +24,12 @@ class Notice(Frozen):
 
     def text(self) -> str:
         """What is signed."""
-        return canonical([self.site, self.study, self.says, self.time])
+        return canonical([self.site, self.number, self.study, self.says, self.time])
 
 
-def noticed(key: Private, site: str, study: str | None, says: Literal["withdrawn", "back"]) -> Notice:
-    """A signed notice."""
-    made = Notice(site=site, study=study, says=says, time=int(time.time()))
+def noticed(key: Private, site: str, number: int, study: str | None, says: Literal["withdrawn", "back"]) -> Notice:
+    """A signed notice; ``number`` is greater than any before."""
+    made = Notice(site=site, number=number, study=study, says=says, time=int(time.time()))
     return made.model_copy(update={"signature": sign(key, "withdrawal", made.text())})
 
 
@@ -50,7 +51,7 @@ def read(text: str, site: str, key: Public) -> Notice:
 def standing(notices: list[Notice]) -> set[str | None]:
     """What is withdrawn from: studies by name, None for all. To be back in all undoes everything before it."""
     out: set[str | None] = set()
-    for notice in sorted(notices, key=lambda one: one.time):
+    for notice in sorted(notices, key=lambda one: one.number):
         if notice.says == "withdrawn":
             out.add(notice.study)
         elif notice.study is None:

@@ -59,7 +59,7 @@ class Coordinator:
         self.config = self.home.config()
         self.halt = threading.Event()
         self.queue: queue.Queue[str] = queue.Queue()
-        self.current: tuple[str, threading.Event] | None = None  # the run that is executing, and its stop
+        self.under_way: dict[str, threading.Event] = {}  # runs that are proposed or executing, and their stops
 
     def up(self) -> None:
         """Serve until SIGTERM or SIGINT; studies that are under way resume at the next start.
@@ -206,8 +206,8 @@ class Coordinator:
         status = run.status()
         if status.status in DONE:
             raise ConfigError(f"run {run.name!r} has ended already: {status.status}")
-        if self.current and self.current[0] == run.name:
-            self.current[1].set()
+        if (stop := self.under_way.get(run.name)) is not None:  # whoever is at it writes how it ended
+            stop.set()
             self.bell.hear(False)
         else:
             run.write_status("stopped", status.round, "stopped before it began")
@@ -256,14 +256,19 @@ class Coordinator:
     def _begin(self, run: Run) -> None:
         """Queue a run that its sites have agreed to; propose any other, in a thread of its own."""
 
+        stop = threading.Event()
+
         def proposing() -> None:
             wait_until_started(self.server)
-            if propose(run, self._setting(threading.Event())):
+            agreed = propose(run, self._setting(stop))
+            self.under_way.pop(run.name, None)
+            if agreed:
                 self.queue.put(run.name)
 
         if run.agreed():
             self.queue.put(run.name)
         else:
+            self.under_way[run.name] = stop
             threading.Thread(target=proposing, name=f"propose-{run.name}", daemon=True).start()
 
     def _schedule(self) -> None:
@@ -276,6 +281,6 @@ class Coordinator:
             if run.status().status in DONE:
                 continue
             stop = threading.Event()
-            self.current = (name, stop)
+            self.under_way[name] = stop
             execute(run, self._setting(stop))
-            self.current = None
+            self.under_way.pop(name, None)

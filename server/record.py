@@ -30,6 +30,7 @@ class Progress(NamedTuple):
     wall_s: float = 0.0
     sites: dict[str, dict[str, Any]] = {}  # name -> rows, epsilon, bytes, baseline
     last: Any = None  # of the round before: fedtailor.server.vouching.Last
+    inside: tuple[str, ...] = ()  # sites whose answers are in the model
 
 
 def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: float | None) -> Progress:
@@ -48,8 +49,10 @@ def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: f
     dropped = [{"round": round, "site": site, "code": code} for site, code in sorted(closed.dropped.items())]
     work = max((report.seconds for report in closed.reports.values()), default=0.0)
     timed = [] if seconds is None else [seconds]
+    inside = tuple(sorted({*progress.inside, *(closed.reports if timed else ())}))
     return progress._replace(
         sites=sites,
+        inside=inside,
         history=tuple(history),
         dropped=(*progress.dropped, *dropped),
         round_s=(*progress.round_s, *timed),

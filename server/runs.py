@@ -94,14 +94,21 @@ class Run:
         """Whether they have."""
         return (self.folder / "agreed.json").exists()
 
+    def note_contributors(self, sites: tuple[str, ...]) -> None:
+        """Record whose answers are in the model that is about to be written."""
+        store.write_json(self.folder / "contributors.json", list(sites))
+
     def contributors(self) -> list[str]:
-        """The sites whose answers are in the model, by the record of the run."""
-        found: set[str] = set()
-        for line in (self.folder / "events.jsonl").read_text().splitlines():
-            event = json.loads(line)
-            if event["kind"] == "round":
-                found |= set(event.get("sites", []))
-        return sorted(found)
+        """The sites whose answers are in the model.
+
+        Raises:
+            StoreError: if that is not known.
+        """
+        path = self.folder / "contributors.json"
+        try:
+            return [str(site) for site in json.loads(path.read_text())]
+        except (OSError, ValueError, TypeError) as error:
+            raise StoreError(f"{path} cannot be read ({error}); events.jsonl names the sites of each round") from error
 
     def ended(self) -> bool:
         """Whether the run is over, for better or worse."""

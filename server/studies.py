@@ -52,6 +52,9 @@ def propose(run: Run, setting: Setting) -> bool:
             tour.close()
         if agreed:
             run.agree()
+        elif setting.stop.is_set():
+            events.emit("finished", run=run.name, status="stopped", detail="stopped before it began")
+            run.write_status("stopped", 0, "stopped before it began")
         return agreed
     except Exception as error:
         _fail(run, setting, events, error)
@@ -123,6 +126,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     params = model_in(strategy.broadcast(tour.state()))
     progress = progress._replace(wall_s=before + time.monotonic() - began)
     result = result_of(plan, progress, params, status=status, setup_s=setup_s, transport=setting.transport)
+    run.note_contributors(progress.inside)
     config_yaml = (run.folder / "config.yaml").read_text()
     write_run(run.folder, result=result, plan=plan, params=params, config_yaml=config_yaml)
     events.emit("finished", run=run.name, status=status, round=progress.round)

@@ -14,7 +14,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.events import Events
 from fedtailor.server.listener import Bell
 from fedtailor.server.record import Progress
-from fedtailor.server.rounds import Answer, Closed, answers, close_round
+from fedtailor.server.rounds import Answer, Closed, Flag, answers, close_round
 from fedtailor.server.runs import Run
 from fedtailor.server.superlink import SuperLink
 from fedtailor.server.vouching import Heads, Last, Vouch, last_from, last_of
@@ -77,9 +77,10 @@ class Tour:
             ConfigError: code ``quorum``, if too many sites refuse, or the proposal expires.
         """
         plan, agreed, refused, since, pause = self.plan, set[str](), dict[str, str](), math.inf, ASK_AGAIN_S
-        while not (self.setting.halt.is_set() or self.run.ended()):
+        stop = _Either(self.setting.halt, self.setting.stop)
+        while not stop.is_set():
             undecided = tuple(site for site in plan.sites if site not in agreed and site not in refused)
-            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None):
+            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None, stop):
                 if answer.path is not None:
                     answer.path.unlink(missing_ok=True)
                 if answer.code in ("late", "away"):
@@ -98,9 +99,10 @@ class Tour:
             if len(agreed) + left < plan.quorum or time.time() > self.proposal.expires:
                 codes = ", ".join(f"{site}: {code}" for site, code in sorted(refused.items())) or "the proposal expired"
                 raise ConfigError(f"{came} ({codes})", code="quorum")
-            if not self.run.ended():
-                self.run.write_status("proposed", 0, came)
-            self.setting.halt.wait(pause)
+            self.run.write_status("proposed", 0, came)
+            waited = time.monotonic()
+            while time.monotonic() - waited < pause and not stop.is_set():
+                self.setting.halt.wait(0.2)
             pause = min(pause * 1.2, SELDOM_S)
         return False
 
@@ -119,6 +121,7 @@ class Tour:
             lambda: made.pop() if made else self._cast(),
             plan.deadline_s,
             last_from(progress.last),
+            _Either(self.setting.halt, self.setting.stop) if train else self.setting.halt,
             sent,
         )
         closed = close_round(
@@ -156,9 +159,10 @@ class Tour:
         cast: Callable[[], bytes],
         deadline_s: float,
         last: Last | None,
+        stop: Flag,
         sent: dict[str, int] | None = None,
     ) -> Iterator[Answer]:
-        """Send a visit to sites and yield their answers; ``sent`` counts the bytes that each was sent."""
+        """Send a visit to sites and yield their answers, until ``stop``; ``sent`` counts the bytes that each was sent."""
         setting, shown = self.setting, self.vouch.visits(visit, last)
 
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
@@ -184,7 +188,7 @@ class Tour:
             spool=self.spool,
             tick=self._tick,
             bell=self.ear,
-            stop=_Either(setting.halt, setting.stop if visit.train else setting.halt),
+            stop=stop,
         )
 
     def _note(self, answer: Answer, round: int) -> None:

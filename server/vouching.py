@@ -41,9 +41,8 @@ class Heads:
         except (OSError, ValidationError):
             return None
 
-    def note(self, site: str, head: Head) -> None:
-        """Keep a site's head, unless a later one is known."""
-        known = self.get(site)
+    def note(self, site: str, head: Head, known: Head | None) -> None:
+        """Keep a site's head, unless ``known`` is a later one."""
         if known is None or known.count < head.count:
             store.write_text(self.folder / f"{site}.json", head.model_dump_json())
 
@@ -62,12 +61,12 @@ class Vouch:
         given: dict[str, receipts.Receipt] = {}
         if last is not None:
             shown |= {"before": last.cast_sha256, "witnesses": last.witnesses}
-            heads = {site: head for site in self.keys if (head := self.heads.get(site)) is not None}
+            heads = {site: head for site in self.keys if (head := self._head(site)) is not None}
             leaves = [Leaf(*leaf) for leaf in last.leaves]
             given = receipts.receipts(self.proposal.run, self.digest, last.round, leaves, heads)
         made = {}
         for site in self.keys:
-            own: dict[str, object] = {"head": self.heads.get(site)}
+            own: dict[str, object] = {"head": self._head(site)}
             if site in given:
                 own |= {"receipt": given[site], "receipt_seal": seals.sign(self.key, "receipt", given[site].text())}
             made[site] = visit.model_copy(update=shown | own)
@@ -85,7 +84,13 @@ class Vouch:
         if report.head is not None:
             if not seals.genuine(self.keys[site], "ledger-head", report.head.text(), report.head.signature):
                 raise WireError("a ledger head that the site did not sign", code="head")
-            self.heads.note(site, report.head)
+            self.heads.note(site, report.head, self._head(site))
+
+    def _head(self, site: str) -> Head | None:
+        """A site's last head; none where it joined anew since, with another key: it would not know it for its own."""
+        head = self.heads.get(site)
+        ours = head is not None and seals.genuine(self.keys[site], "ledger-head", head.text(), head.signature)
+        return head if ours else None
 
 
 def last_of(visit: Visit, reports: dict[str, Report]) -> Last:

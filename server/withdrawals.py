@@ -1,11 +1,11 @@
 """Sites that have withdrawn, by their own signed notices: they are left out of what is proposed from then on."""
 
-import hashlib
-
 from fedtailor import pki, store, withdrawal
-from fedtailor.errors import ConfigError
+from fedtailor.errors import ConfigError, WireError
 from fedtailor.server.home import Home
 from fedtailor.withdrawal import Notice
+
+MOST = 1000  # notices of one site: they must not fill the disk
 
 
 def take(home: Home, name: str, key: str, text: str) -> Notice:
@@ -20,7 +20,9 @@ def take(home: Home, name: str, key: str, text: str) -> Notice:
     notice = withdrawal.read(text, name, pki.read_key_text(key))
     folder = home.folder / "notices" / name
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    store.write_text(folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}.json", notice.model_dump_json())
+    if notice.number >= MOST:
+        raise WireError(f"a site sends at most {MOST} notices", code="notice")
+    store.write_text(folder / f"{notice.number:06d}.json", notice.model_dump_json())
     return notice
 
 

@@ -139,7 +139,10 @@ def _usable_by(user: int) -> str | None:
     return None
 
 
-@pytest.fixture(scope="module", params=["own user", "nobody"] if os.geteuid() == 0 else ["own user"])
+@pytest.fixture(
+    scope="module",
+    params=["own user", pytest.param("nobody", marks=pytest.mark.slow)] if os.geteuid() == 0 else ["own user"],
+)
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
     user, python = None, sys.executable
     if request.param == "nobody":

@@ -6,6 +6,7 @@ succeeds; with it, none does. What an allowed tensor can carry is not denied: ``
 """
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -135,12 +136,25 @@ def test_rows_cannot_be_counted_as_somebody_likes(site):
     assert str(site.secret) not in left.heads[0]
 
 
-def test_the_same_question_brings_the_same_answer(site):
-    """A process that answers each repetition differently would have as many messages as it likes."""
-    turns = "flat['weight'] = torch.tensor(float(int.from_bytes(os.urandom(1), 'little')))"
+@pytest.mark.parametrize("kept", [True, False])
+def test_the_same_question_brings_the_same_answer(site, kept, monkeypatch):
+    """A process that answers each repetition differently has as many messages as it likes, where none is kept."""
+    turns = "flat['weight'] = torch.tensor(float(int.from_bytes(os.urandom(2), 'little') % 900))"
+    if not kept:
+        stored, asked = inbox.stored, []
+
+        def forgetful(outbox, visit):
+            asked.append(visit)
+            if len(asked) % 2:  # before the work is done: as if nothing were there
+                shutil.rmtree(outbox / inbox.key_of(visit), ignore_errors=True)
+                return None
+            return stored(outbox, visit)
+
+        monkeypatch.setattr(inbox, "stored", forgetful)
     left = site.round(turns, times=3)
-    assert len(left.heads) == 3 and len(set(left.payloads)) == 1
-    assert len({json.loads(text)["summand_sha256"] for text in left.heads}) == 1
+    assert len(left.heads) == 3
+    answers = {json.loads(text)["summand_sha256"] for text in left.heads}
+    assert (len(set(left.payloads)) == len(answers) == 1) == kept
 
 
 def test_an_answer_cannot_be_planted_before_it_is_asked_for(site):
@@ -155,10 +169,19 @@ def test_an_answer_cannot_be_planted_before_it_is_asked_for(site):
     assert not (site.home.outbox / "planted").exists()
 
 
+PRINTS = "sys.stderr.write(f'row {secret}\\n'); raise FedtailorError('see the log')"
+
+
 def test_what_the_process_prints_stays_in_the_sites_own_log(site):
-    left = site.round("print(secret); sys.stderr.write(f'row {secret}\\n')")
+    left = site.round(PRINTS)
     assert str(site.secret) in site.log.read_text()
-    assert str(site.secret) not in left.heads[0]
+    assert left.heads == [] and left.words == ["failed"]
+
+
+def test_what_it_prints_gets_out_where_logs_are_sent(site, without_the_airlock, monkeypatch):
+    """As a failure report with the end of the log would."""
+    monkeypatch.setattr(airlock, "decline", lambda post, *_: post.left.words.append(site.log.read_text()[-200:]))
+    assert str(site.secret) in site.round(PRINTS).words[0]
 
 
 def test_the_rows_of_a_site_are_not_told_apart_by_what_it_is_allowed_to_say(site):

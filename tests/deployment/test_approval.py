@@ -26,6 +26,7 @@ def careful(deployment):
         deployment.until(lambda: deployment.ask_site("va", "Status")["connected"], 60, "va is back")
 
     restart(before.replace("approval: policy", "approval: person\n  hold: last"))
+    deployment.restart_va = restart
     yield deployment
     restart(before)
 
@@ -101,6 +102,24 @@ def test_a_plan_that_the_policy_refuses_is_explained_and_cannot_be_approved(care
     assert client(careful, "check", run)[0] == 3 and client(careful, "approve", run)[0] == 3
     careful.until(lambda: careful.status(run)["status"] == "failed", 60, "nobody agrees")
     assert "va: delta" in careful.status(run)["detail"]
+
+
+def test_two_officers_approve_with_their_keys(careful, tmp_path):
+    def officer(*words):
+        command = [sys.executable, "-m", "fedtailor", "client", "officer", *words, "--json"]
+        return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout)
+
+    names = [officer(str(tmp_path / f"{name}.key"))["officer"] for name in ("ann", "bob")]
+    text = (careful.site_home("va") / "site.yaml").read_text()
+    officers = f"policy:\n  officers: [{', '.join(names)}]\n  officers_needed: 2\n"
+    careful.restart_va(text.replace("policy:\n", officers).replace("hold: last", "hold: nothing"))
+    run = careful.submit(careful.plan("rounds=1", "privacy=none"))
+    careful.until(lambda: pending(careful, run), 60, "va has the plan")
+    assert client(careful, "approve", run)[0] == 3  # a person's word is not enough
+    for name, state in (("ann", "pending"), ("ann", "pending"), ("bob", "approved")):
+        code, said = client(careful, "approve", run, "--key", str(tmp_path / f"{name}.key"))
+        assert (code, said["state"]) == (0, state)
+    assert careful.finish(run)["dropped"] == []
 
 
 def test_a_site_withdraws_and_what_contains_it_is_known(careful):

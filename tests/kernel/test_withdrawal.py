@@ -10,18 +10,20 @@ from fedtailor.withdrawal import Notice, noticed, standing
 KEY = ec.generate_private_key(ec.SECP384R1())
 
 
-def at(time, says, study=None):
-    return Notice(site="a", study=study, says=says, time=time)
+def at(number, says, study=None):
+    return Notice(site="a", number=number, study=study, says=says, time=9)
 
 
 def test_a_notice_is_read_by_who_has_the_sites_key():
-    notice = noticed(KEY, "a", "heart", "withdrawn")
+    notice = noticed(KEY, "a", 3, "heart", "withdrawn")
     assert withdrawal.read(notice.model_dump_json(), "a", KEY.public_key()) == notice
 
 
-@pytest.mark.parametrize("changed", [{"site": "b"}, {"study": None}, {"says": "back"}, {"time": 1}, {"signature": ""}])
+@pytest.mark.parametrize(
+    "changed", [{"site": "b"}, {"study": None}, {"says": "back"}, {"time": 1}, {"number": 4}, {"signature": ""}]
+)
 def test_a_notice_that_was_changed_is_none(changed):
-    notice = noticed(KEY, "a", "heart", "withdrawn").model_copy(update=changed)
+    notice = noticed(KEY, "a", 3, "heart", "withdrawn").model_copy(update=changed)
     with pytest.raises(WireError) as error:
         withdrawal.read(notice.model_dump_json(), "a", KEY.public_key())
     assert error.value.code == "notice"
@@ -39,10 +41,10 @@ def test_what_is_no_notice_is_refused(text):
         ([], set()),
         ([at(1, "withdrawn")], {None}),
         ([at(1, "withdrawn", "heart")], {"heart"}),
-        ([at(2, "back"), at(1, "withdrawn"), at(1, "withdrawn", "heart")], set()),
+        ([at(3, "back"), at(1, "withdrawn"), at(2, "withdrawn", "heart")], set()),
         ([at(1, "back"), at(2, "withdrawn")], {None}),
         ([at(1, "withdrawn"), at(2, "back", "heart")], {None}),  # all is all
-        ([at(1, "withdrawn", "heart"), at(1, "withdrawn", "lungs"), at(2, "back", "heart")], {"lungs"}),
+        ([at(1, "withdrawn", "heart"), at(2, "withdrawn", "lungs"), at(3, "back", "heart")], {"lungs"}),
     ],
 )
 def test_the_later_counts(notices, out):

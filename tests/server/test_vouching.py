@@ -42,7 +42,7 @@ def vouch(tmp_path):
 def test_every_site_is_shown_the_same_but_for_its_own_receipt_and_head(vouch):
     last = last_of(visit(0), {"a": report("a", 0), "c": report("c", 0)})
     head = report("a").head
-    vouch.heads.note("a", head)
+    vouch.heads.note("a", head, None)
     shown = vouch.visits(visit(), last)
     own = {"receipt", "receipt_seal", "head"}
     assert shown.keys() == {"a", "b", "c"} and len({v.model_dump_json(exclude=own) for v in shown.values()}) == 1
@@ -87,10 +87,19 @@ def test_a_head_never_goes_back(tmp_path):
     heads = Heads(tmp_path)
     assert heads.get("a") is None
     for count in (5, 3, 4):
-        heads.note("a", Head(count=count, hash="0" * 64, signature="00"))
+        heads.note("a", Head(count=count, hash="0" * 64, signature="00"), heads.get("a"))
     assert Heads(tmp_path).get("a").count == 5
     (tmp_path / "a.json").write_text("{")
     assert heads.get("a") is None
+
+
+def test_a_site_that_joined_anew_is_not_shown_a_head_of_its_former_key(vouch):
+    """It would refuse it for ever: its key did not sign it."""
+    strange = report("b").head.model_copy(update={"count": 99})
+    vouch.heads.note("a", strange, None)
+    assert vouch.visits(visit(), None)["a"].head is None
+    vouch.check("a", report("a"), visit())
+    assert vouch.visits(visit(), None)["a"].head.count == 3
 
 
 def test_what_is_kept_of_a_round_survives_a_checkpoint():

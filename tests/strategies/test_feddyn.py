@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from drift import error_after
 
 from fedtailor import tree
-from fedtailor.simulations.engine import simulate_round
 from fedtailor.strategies import fedavg, feddyn
 from fedtailor.strategy import Local
-from fedtailor.training import local_train
 
 
 @pytest.mark.parametrize(("population", "everybody"), [(4, 4), (None, 2)])
@@ -37,17 +36,5 @@ def test_a_step_is_tilted_and_held():
 
 @pytest.mark.parametrize(("strategy", "reaches"), [(feddyn(alpha=1.0), True), (fedavg(), False)])
 def test_it_reaches_the_optimum_that_drift_hides(strategy, reaches):
-    """Losses w^2 and (3w - 6)^2: the joint optimum is w = 18 / 10."""
-    slope, target = torch.tensor([[1.0], [3.0]]).repeat(1, 50), torch.tensor([[0.0], [6.0]]).repeat(1, 50)
-
-    def gradient(params, batch):
-        return {"w": 2 * batch["slope"] * (batch["slope"] * params["w"] - batch["target"])}
-
-    train = local_train(gradient, strategy, lr=0.02)
-    state = strategy.init({"w": torch.tensor(0.0)})
-    memory = tree.stack([strategy.remember({"w": torch.tensor(0.0)})] * 2)
-    batches = {"slope": slope, "target": target}
-    for round in range(200):
-        state, memory = simulate_round(strategy, train, state, memory, batches, torch.ones(2, 50), torch.ones(2), round)
-    error = abs(state["params"]["w"].item() - 1.8)
+    error = error_after(strategy, steps=50)
     assert error < 1e-3 if reaches else error > 0.05
