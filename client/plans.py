@@ -48,18 +48,32 @@ class Known(NamedTuple):
     folder: Path
 
     def casts(self) -> dict[int, str]:
-        """What was cast in each round, as this site was shown it."""
-        path = self.folder / "casts.json"
+        """SHA-256 of what was cast in each round, as this site was shown it."""
+        return self._rounds("casts")
+
+    def answers(self) -> dict[int, str]:
+        """SHA-256 of what this site answered in each round that trained."""
+        return self._rounds("answers")
+
+    def note_cast(self, round: int, cast_sha256: str) -> None:
+        """Remember what was cast, before anything is done with it."""
+        self._note("casts", round, cast_sha256)
+
+    def note_answer(self, round: int, summand_sha256: str) -> None:
+        """Remember what is answered, before it leaves."""
+        self._note("answers", round, summand_sha256)
+
+    def _rounds(self, what: str) -> dict[int, str]:
+        path = self.folder / f"{what}.json"
         try:
             return {int(k): str(v) for k, v in json.loads(path.read_text()).items()} if path.exists() else {}
         except (OSError, ValueError, AttributeError) as error:
             raise StoreError(f"{path} cannot be read ({error}); restore it, or refuse the study") from error
 
-    def note_cast(self, round: int, cast_sha256: str) -> None:
-        """Remember what was cast, before anything is done with it."""
-        known = self.casts()
-        if known.get(round) != cast_sha256:
-            store.write_json(self.folder / "casts.json", {str(k): v for k, v in {**known, round: cast_sha256}.items()})
+    def _note(self, what: str, round: int, digest: str) -> None:
+        known = self._rounds(what)
+        if known.get(round) != digest:
+            store.write_json(self.folder / f"{what}.json", {str(k): v for k, v in {**known, round: digest}.items()})
 
     def keep(self, receipt: Receipt, seal: str) -> None:
         """Keep a receipt of the coordinator's."""

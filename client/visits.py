@@ -92,6 +92,8 @@ class Visits:
             self.perform(entry, visit, known)
             found = inbox.stored(self.home.outbox, visit)
             assert found is not None
+        if visit.train:
+            known.note_answer(visit.round, found.report.summand_sha256)
         last = visit.train and visit.round == known.proposal.plan.rounds - 1
         if (visit.train and policy.hold == "each" or last and policy.hold == "last") and not inbox.may_leave(
             self.home.outbox, visit

@@ -6,7 +6,7 @@ from fedtailor.client.ledger import Ledger
 from fedtailor.client.plans import Known
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
-from fedtailor.seals import Public, genuine, public
+from fedtailor.seals import Public, genuine, public, spelled
 from fedtailor.wire import Visit, witnessed
 
 
@@ -30,7 +30,7 @@ def check(visit: Visit, known: Known, policy: Policy, signer: Public, own: Publi
         raise RefusedError(f"round {visit.round} comes again with another model", code="replayed")
     if visit.round:
         _witnesses(visit, known, policy, casts)
-    _receipt(visit, known, signer)
+    _receipt(visit, known, signer, own)
     _head(visit, own, ledger)
 
 
@@ -52,11 +52,15 @@ def _witnesses(visit: Visit, known: Known, policy: Policy, casts: dict[int, str]
         )
 
 
-def _receipt(visit: Visit, known: Known, signer: Public) -> None:
+def _receipt(visit: Visit, known: Known, signer: Public, own: Public) -> None:
+    """A receipt is for this site's own answer, as it was sent."""
     receipt = visit.receipt
     if receipt is None:
         return
-    ours = (receipt.run, receipt.proposal) == (visit.run, known.digest)
+    site = next(member.site for member in known.proposal.roster if member.key == spelled(own))
+    answered = known.answers().get(receipt.round)
+    ours = (receipt.run, receipt.proposal, receipt.site) == (visit.run, known.digest, site)
+    ours = ours and answered == receipt.summand_sha256
     if not (ours and receipt.holds() and genuine(signer, "receipt", receipt.text(), visit.receipt_seal)):
         raise RefusedError("a receipt that does not verify", code="receipt")
     known.keep(receipt, visit.receipt_seal)
