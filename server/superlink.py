@@ -141,9 +141,10 @@ class SuperLink:
             self.state.stop_run(info.run_id)
 
     def push(self, run: int, contents: Mapping[int, RecordDict], ttl: float) -> dict[int, str]:
-        """Send each node its content; returns node id -> message id. Equal parts of two contents are stored once.
+        """Send each node its content; returns node id -> message id, without nodes that are no longer registered.
 
-        Every message is registered before the first object is stored: a push session ends when nothing is pending.
+        Equal parts of two contents are stored once. Every message is registered before the first object is stored: a
+        push session ends when nothing is pending.
         """
         session = self.state.start_session(run)
         sent: dict[int, str] = {}
@@ -156,6 +157,8 @@ class SuperLink:
                 objects = get_all_nested_objects(message)
                 header, objects_tree = remove_content_from_message(message), get_object_tree(message)
                 stored, missing = self.state.store_message_and_object_tree(header, objects_tree, session)
+                if not stored and node not in {known.node_id for known in self.nodes().values()}:
+                    continue  # it was unregistered this moment
                 if not stored:
                     raise WireError(f"Flower refused a message to node {node}", code="push")
                 todo |= {object_id: objects[object_id] for object_id in missing}

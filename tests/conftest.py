@@ -98,7 +98,7 @@ class Deployment:
         """Wait until a run has ended; its result."""
         self.until(lambda: self.status(run)["status"] in ("completed", "stopped", "failed"), timeout, f"{run} ends")
         status = self.status(run)
-        assert status["status"] == "completed", status
+        assert status["status"] == "completed", status["detail"]
         return dict(json.loads((self.run_folder(run) / "result.json").read_text()))
 
     def run_folder(self, run: str) -> Path:

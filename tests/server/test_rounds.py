@@ -79,7 +79,8 @@ class World:
         assert ttl > 60
         made = {}
         for node in nodes:
-            site = self.sites[node]
+            if (site := self.sites[node]) not in self.known:
+                continue
             made[node] = f"question {len(self.pushed)} to {site}"
             self.pushed.append(made[node])
             self.on_push(site, made[node])
@@ -257,3 +258,10 @@ def test_nobody_waits_for_a_site_that_was_revoked(world):
     it.steps = [lambda: None, lambda: it.known.pop("b")]
     assert it.round() == [("a", None), ("b", "revoked")] and it.now < 1002
     assert it.forgotten == {*it.pushed, *it.trees}
+
+
+def test_a_site_that_is_revoked_while_it_is_asked_is_not_waited_for(world):
+    it = world("a", "b")
+    it.on_push = lambda site, question: it.answer(question)
+    seen, it.nodes = dict(it.known), lambda: seen if it.known.pop("b", None) else it.known  # revoked after the look
+    assert it.round() == [("a", None), ("b", "revoked")] and len(it.pushed) == 1 and it.now < 1002

@@ -192,6 +192,13 @@ def test_closing_a_run_deletes_everything_of_it(link, nodes):
     assert error.value.code == "push"
 
 
+def test_a_site_that_is_unregistered_is_not_sent_anything_and_the_others_are(link, nodes):
+    run, _ = link.open_run()
+    link.unregister(KEYS[1])
+    sent = push(link, run, nodes)
+    assert list(sent) == nodes[:1] and link.state.num_message_ins() == 1
+
+
 def test_a_restart_closes_the_runs_that_were_open_and_empties_the_spool(link, nodes, tmp_path):
     run, _ = link.open_run()
     sent = push(link, run, nodes)
