@@ -16,9 +16,9 @@ from fedtailor.client.visits import Described, Visits
 from fedtailor.config import build
 from fedtailor.policy import charges_of
 from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.privacy.planning import strategy_of
 from fedtailor.receipts import Head
 from fedtailor.recipe import Recipe
-from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.wire import Visit
 
@@ -53,8 +53,8 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
             stored = inbox.stored(Path(scratch), visit)
             assert stored is not None
             sizes.append(len(stored.payload) + len(stored.report.model_dump_json()))
-    charges, delta = charges_of(policy, plan), plan.privacy.delta if plan.privacy else policy.delta
-    training = charges[: plan.rounds] if plan.privacy else []
+    charges, delta = charges_of(policy, plan), plan.record.delta if plan.record else policy.delta
+    training = charges[: plan.rounds] if plan.record else []
     return Forecast(
         epsilon=epsilon(training, delta) if training else None,
         epsilon_after=epsilon([*spent, *charges], delta) if charges else None,
@@ -100,12 +100,12 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
     if not cast:
         airlock.agree(outbox, visit, airlock.Facts(head=head))
         return
-    if head is None and known.proposal.plan.privacy is not None:  # the study's first round will make one
+    if head is None and known.proposal.plan.record is not None:  # the study's first round will make one
         head = Head(count=1, hash="0" * 64, signature=seals.sign(visits.key, "ledger-head", ""))
     own = f"rehearsal-{secrets.token_hex(8)}"  # two people may rehearse at a time
     entry, out = visits.home.inbox / f".{own}", visits.home.state / "work" / own
     facts = airlock.Facts(
-        epsilon=1.2345678901234567 if known.proposal.plan.privacy else None,  # a number of the usual length
+        epsilon=1.2345678901234567 if known.proposal.plan.record else None,  # a number of the usual length
         rows=data.rows,
         train_rows=data.train_rows,
         test_rows=data.test_rows,
@@ -117,7 +117,7 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
         entry.mkdir(mode=0o700, exist_ok=True)
         store.write_bytes(entry / "payload.safetensors", cast)
         store.write_text(entry / "head.json", visit.model_dump_json())
-        key = secrets.token_hex(32) if known.proposal.plan.privacy else None
+        key = secrets.token_hex(32) if known.proposal.plan.record else None
         visits.workshop.ask(op="visit", entry=str(entry), out=str(out), key=key, memory=None)
         airlock.admit(out, outbox, visit, known.proposal.leaves, visits.config.policy, facts)
     finally:
@@ -126,7 +126,7 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
 
 
 def _cast(plan: Plan) -> bytes:
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan)
     cast = strategy.broadcast(strategy.init(recipes.initial(recipe, plan.seed)))
     return b"".join(store.safetensors(tree.flatten(cast)))
 

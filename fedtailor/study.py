@@ -4,7 +4,17 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Tag,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]  # safe as a file name and in a log
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -53,6 +63,62 @@ class RecordPrivacy(Frozen):
     noise_multiplier: PositiveFloat | None = None  # None: calibrated from epsilon, delta, rate, steps and rounds
 
 
+class AdaptiveClip(Frozen):
+    """A clip that follows a quantile of the sites' norms; both the clip and its path are public."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the share of sites that are not to be clipped
+    lr: PositiveFloat = 0.2  # how far the logarithm of the clip moves where the share is off by one
+    count_noise: PositiveFloat | None = None  # deviation of the noise on the number of unclipped sites; None: chosen
+
+
+class CorrelatedNoise(Frozen):
+    """Noise that later rounds take back in part, for sites that take part in turn."""
+
+    separation: PositiveInt  # a site is asked in every separation-th round
+    window: Annotated[int, Field(ge=1, le=64)] | None = None  # rounds whose noise is in one round's; None: the best
+
+    @model_validator(mode="after")
+    def _sites_take_turns(self) -> "CorrelatedNoise":
+        if self.separation < 2:
+            raise ValueError(
+                "separation: 1, every site in every round; correlated noise is no better then than independent noise: "
+                "leave correlated out, or let sites take turns"
+            )
+        return self
+
+
+class SitePrivacy(Frozen):
+    """Site-level privacy: the coordinator adds the noise. ``epsilon`` covers the whole study, by PLD accounting."""
+
+    unit: Literal["site"]
+    epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    clip: PositiveFloat  # of one site's summand, in L2 norm; where it is adaptive, the first
+    noise_multiplier: PositiveFloat | None = None  # None: calibrated from epsilon, delta and rounds
+    adaptive: AdaptiveClip | None = None
+    correlated: CorrelatedNoise | None = None
+
+    @model_validator(mode="after")
+    def _noise_can_be_taken_back(self) -> "SitePrivacy":
+        if self.adaptive is not None and self.correlated is not None:
+            raise ValueError(
+                "adaptive, correlated: noise that is scaled anew each round cannot be taken back; choose one of the two"
+            )
+        return self
+
+
+def _unit(privacy: Any) -> str:
+    named = privacy.get("unit", "record") if isinstance(privacy, dict) else getattr(privacy, "unit", "record")
+    return f"unit={named}"
+
+
+# A tag is no name of a field, so that fedtailor.config.readable can leave it out of where an error is.
+Privacy = Annotated[
+    Annotated[RecordPrivacy, Tag("unit=record")] | Annotated[SitePrivacy, Tag("unit=site")],
+    Discriminator(_unit, custom_error_type="unit", custom_error_message="unit is neither record nor site"),
+]
+
+
 class Evaluation(Frozen):
     """What a site measures on its own held-out part."""
 
@@ -72,7 +138,7 @@ class Plan(Frozen):
     local: LocalTraining
     strategy: Spec
     recipe: Spec
-    privacy: RecordPrivacy | None
+    privacy: Privacy | None
     evaluation: Evaluation = Evaluation()
     norm: PositiveFloat | None = None  # the greatest L2 norm of one answer; None: not bounded
 
@@ -82,7 +148,32 @@ class Plan(Frozen):
             raise ValueError(f"sites: {list(self.sites)} names a site twice")
         if self.quorum > len(self.sites):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.sites)} sites listed")
+        if self.turns() > len(self.sites):
+            raise ValueError(f"privacy.correlated.separation: {self.turns()} is more than the {len(self.sites)} sites")
+        if (fewest := min(len(self.asked(turn)) for turn in range(self.turns()))) < self.quorum:
+            raise ValueError(
+                f"quorum: {self.quorum} is more than the {fewest} sites whose turn it is in some round "
+                f"(privacy.correlated.separation: {self.turns()})"
+            )
         return self
+
+    @property
+    def record(self) -> RecordPrivacy | None:
+        """The plan's privacy where it hides a record; its noise is added at the sites."""
+        return self.privacy if isinstance(self.privacy, RecordPrivacy) else None
+
+    @property
+    def site(self) -> SitePrivacy | None:
+        """The plan's privacy where it hides a site; its noise is added by the coordinator."""
+        return self.privacy if isinstance(self.privacy, SitePrivacy) else None
+
+    def turns(self) -> int:
+        """The rounds from one turn of a site to its next: 1 where every site takes part in every round."""
+        return self.site.correlated.separation if self.site is not None and self.site.correlated is not None else 1
+
+    def asked(self, round: int) -> tuple[Name, ...]:
+        """The sites whose turn it is to train in a round."""
+        return tuple(site for place, site in enumerate(self.sites) if (place - round) % self.turns() == 0)
 
     def canonical(self) -> str:
         """The plan as text: equal plans give equal bytes."""

@@ -116,7 +116,7 @@ class Tour:
         visit = self._visit(round, train=train, evaluate=evaluate, baseline=baseline, cast_sha256=cast_sha256)
         sent: dict[str, int] = {}
         stream = self._ask(
-            plan.sites,
+            plan.asked(round) if train else plan.sites,
             visit,
             lambda: made.pop() if made else self._cast(),
             plan.deadline_s,

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from fedtailor.config import build
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
-from fedtailor.privacy.planning import resolve
+from fedtailor.privacy.planning import resolve, strategy_of
+from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.engine import simulate_round
@@ -53,32 +55,48 @@ def simulate(
     """
     began = time.monotonic()
     plan = resolve(plan)
+    strategy = strategy_of(plan)  # of all its sites: a deployment divides by them too, whoever agrees
     gate = None if policies is None else admit(plan, policies)
-    plan = plan if gate is None else gate.plan
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    whole, plan = plan, plan if gate is None else gate.plan
+    recipe = build(plan.recipe, Recipe)
     data = prepared(plan, recipe, sources)
     start = recipes.initial(recipe, plan.seed)
     losses = recipes.losses(recipe)
-    gradient = plain(losses) if plan.privacy is None else clipped(losses, plan.privacy.clip)
-    train = local_train(gradient, strategy, plan.local.lr, losses if plan.privacy is None else None)
+    gradient = plain(losses) if plan.record is None else clipped(losses, plan.record.clip)
+    train = local_train(gradient, strategy, plan.local.lr, losses if plan.record is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
     live = torch.ones(len(plan.sites), plan.local.steps)
     history: list[dict[str, Any]] = []
-    keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         clock = time.monotonic()
+        turn = plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
+        places = torch.tensor([place for place, site in enumerate(plan.sites) if site in turn.sites], dtype=torch.long)
         if round % plan.evaluation.every == 0:
-            history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
-        batches = batches_of(plan, data, round, start)
-        state, memory = simulate_round(
-            strategy, train, state, memory, batches, live, counts, round, block=block, keep=keep
+            now = {site: data[site] for site in turn.sites}
+            history.append({"round": round, "sites": measured(recipe, strategy, state, now)})
+        if len(turn.sites) < plan.quorum:
+            raise RefusedError(f"round {round}: {len(turn.sites)} sites take part whose turn it is", code="quorum")
+        keep = _all if gate is None else gate._replace(plan=turn).keep
+        batches = batches_of(turn, data, round, start)
+        state, kept = simulate_round(
+            strategy,
+            train,
+            state,
+            tree.at(memory, places),
+            batches,
+            live[places],
+            counts[places],
+            round,
+            block=block,
+            keep=keep,
         )
+        memory = tree.map(partial(_put, places), memory, kept)
         if (
             gate is not None
-            and len(plan.sites) - len({entry["site"] for entry in gate.dropped} & set(plan.sites)) < plan.quorum
+            and len(turn.sites) - len({entry["site"] for entry in gate.dropped} & set(turn.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
         round_s.append(time.monotonic() - clock)
@@ -124,6 +142,14 @@ def simulate(
     return result, params
 
 
+def _all(summands: Tree, first: int, round: int) -> None:
+    """Every answer leaves."""
+
+
+def _put(places: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    return old.index_copy(0, places, new)
+
+
 def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset], which: int) -> dict[str, Metrics]:
     """The metrics that leave their sites."""
     left = {site: gate.metrics(site, metrics, len(data[site].test.y), which) for site, metrics in measured.items()}
@@ -151,8 +177,8 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Param
         pack(data[site].train, masks[site], plan.local.rate, width) | {"seed": choices(plan, round, site)}
         for site in plan.sites
     ]
-    if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
-        std = plan.privacy.noise_multiplier * plan.privacy.clip
+    if plan.record is not None and plan.record.noise_multiplier is not None:
+        std = plan.record.noise_multiplier * plan.record.clip
         for site, batch in zip(plan.sites, packed, strict=True):
             steps = [_noise(start, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
             batch["noise"] = tree.stack(steps)
@@ -172,7 +198,9 @@ def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str,
 
 
 def _epsilon(plan: Plan) -> float | None:
-    if plan.privacy is None or plan.privacy.noise_multiplier is None:
+    if plan.site is not None:
+        return epsilon_after(plan.site, plan.rounds)
+    if plan.record is None or plan.record.noise_multiplier is None:
         return None
-    charge = Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
-    return epsilon([charge] * plan.rounds, plan.privacy.delta)
+    charge = Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
+    return epsilon([charge] * plan.rounds, plan.record.delta)

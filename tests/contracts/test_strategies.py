@@ -15,10 +15,11 @@ from fedtailor.config import build, choices
 from fedtailor.config import load as compose
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
+from fedtailor.privacy.correlated import mixture
 from fedtailor.privacy.planning import resolve
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.strategy import Local, model_in
-from fedtailor.study import Spec
+from fedtailor.study import AdaptiveClip, Spec
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Tree
 
@@ -28,6 +29,15 @@ PRIVATE = {
     f"private {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7)
     for name, strategy in SHIPPED.items()
     if strategy.reduce.is_sum
+}
+PRIVATE |= {
+    f"adaptive {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7, adaptive=AdaptiveClip(lr=2.0))
+    for name, strategy in SHIPPED.items()
+    if strategy.reduce.is_sum
+}
+PRIVATE |= {
+    f"correlated {name}": private(SHIPPED[name], clip=1.0, noise_multiplier=0.5, cohort=7, mixture=mixture(3))
+    for name in ("fedavg", "scaffold")
 }
 ALL = SHIPPED | PRIVATE
 K, S, B, D = 7, 5, 4, 3
@@ -188,9 +198,10 @@ def test_one_client_moves_a_private_sum_by_at_most_the_clip(name: str) -> None:
     cast = strategy.broadcast(state)
     far = tree.map(lambda p: p + 1e6, cast["params"])
     summand, _ = strategy.report(ended(cast, memories[0], far))
-    weight = summand.pop("weight")
+    weight, within = summand.pop("weight"), summand.pop("within", torch.tensor(-0.5))
     assert weight == 1  # a client counts once, whatever it holds
-    assert tree.norm(summand) <= 1 + 1e-6
+    assert within == -0.5  # it was clipped, and says so in a bit that is centred
+    assert 1 - 1e-5 < tree.norm(summand) <= 1
 
 
 SEE_ALL = [name for name, strategy in SHIPPED.items() if not strategy.reduce.is_sum]
