@@ -58,7 +58,7 @@ def sensitivity(mix: Sequence[float], rounds: int, separation: int) -> float:
         raise ConfigError(
             f"rounds: {rounds}, {separation} apart: correlated noise is accounted for in 1 to {MOST_ROUNDS} rounds"
         )
-    steps = lfilter([1.0], mix, _pulses(rounds, rounds))
+    steps = lfilter([1.0], mix, _pulses(rounds, rounds)) if mix[0] > 0 else np.array([-1.0])
     if not (np.isfinite(steps).all() and (steps >= -1e-12).all() and (np.diff(steps) <= 1e-12).all()):
         raise ConfigError(
             f"correlated: {list(mix)[:4]}… is noise for which no bound is known: the coefficients of its inverse must "

@@ -9,8 +9,10 @@ secret Poisson sample, which a plan cannot ask for.
 
 import math
 
+from dp_accounting.gaussian_mechanism import get_sigma_gaussian
+
 from fedtailor.errors import ConfigError
-from fedtailor.privacy.accounting import Charge, calibrate, epsilon
+from fedtailor.privacy.accounting import Charge, epsilon, gaussian
 from fedtailor.privacy.adaptive import count_noise
 from fedtailor.privacy.correlated import best_window, mixture, participations, sensitivity
 from fedtailor.study import CorrelatedNoise, SitePrivacy
@@ -21,7 +23,11 @@ def site_epsilon(noise_multiplier: float, rounds: int, delta: float, rate: float
 
     Formal guarantee: that of :func:`fedtailor.privacy.accounting.epsilon`, for whole clients in the place of records.
     """
-    return epsilon([Charge(noise_multiplier, rate, rounds)], delta) if rounds else 0.0
+    if not rounds:
+        return 0.0
+    if rate == 1:
+        return gaussian(noise_multiplier / math.sqrt(rounds), delta)
+    return epsilon([Charge(noise_multiplier, rate, rounds)], delta)
 
 
 def epsilon_after(privacy: SitePrivacy, rounds: int) -> float:
@@ -39,7 +45,7 @@ def epsilon_after(privacy: SitePrivacy, rounds: int) -> float:
 
 
 def calibrated(privacy: SitePrivacy, rounds: int, cohort: int) -> SitePrivacy:
-    """``privacy`` with the least noise, to 1e-3, that keeps its promise over ``rounds`` rounds, and all else that it left open.
+    """``privacy`` with the least noise, to 0.1 %, that keeps its promise over ``rounds`` rounds, and all else that it left open.
 
     Raises:
         ConfigError: if no noise does.
@@ -49,8 +55,8 @@ def calibrated(privacy: SitePrivacy, rounds: int, cohort: int) -> SitePrivacy:
         privacy = privacy.model_copy(update={"correlated": privacy.correlated.model_copy(update={"window": window})})
     noise = privacy.noise_multiplier
     if noise is None:
-        alike = calibrate(privacy.epsilon, privacy.delta, 1.0, _turns(privacy, rounds))
-        noise = math.ceil(round(1e4 * alike * _worse(privacy, rounds), 6)) / 1e4  # up: less would break the promise
+        noise = _least(privacy.epsilon, privacy.delta) * math.sqrt(_turns(privacy, rounds)) * _worse(privacy, rounds)
+        noise = math.ceil(1e4 * noise) / 1e4  # up: less would break the promise
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
     if privacy.adaptive is not None and privacy.adaptive.count_noise is None:
         deviation = count_noise(noise, cohort)
@@ -58,6 +64,14 @@ def calibrated(privacy: SitePrivacy, rounds: int, cohort: int) -> SitePrivacy:
             update={"adaptive": privacy.adaptive.model_copy(update={"count_noise": deviation})}
         )
     return privacy
+
+
+def _least(epsilon: float, delta: float) -> float:
+    """The multiplier of one Gaussian mechanism that costs ``epsilon``, or up to 0.05 % more: PLDs are rounded upwards."""
+    found = float(get_sigma_gaussian(epsilon, delta))
+    while gaussian(found, delta) > epsilon:
+        found *= 1.0005
+    return found
 
 
 def mixture_of(correlated: CorrelatedNoise | None) -> tuple[float, ...]:
