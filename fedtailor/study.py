@@ -68,7 +68,9 @@ class AdaptiveClip(Frozen):
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the share of sites that are not to be clipped
     lr: PositiveFloat = 0.2  # how far the logarithm of the clip moves where the share is off by one
-    count_noise: PositiveFloat | None = None  # deviation of the noise on the number of unclipped sites; None: chosen
+    count_noise: Annotated[float, Field(gt=0, le=1e6)] | None = (
+        None  # deviation of the noise on the number of unclipped sites; None: chosen
+    )
 
 
 class CorrelatedNoise(Frozen):
@@ -93,8 +95,10 @@ class SitePrivacy(Frozen):
     unit: Literal["site"]
     epsilon: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=0.1)]
-    clip: PositiveFloat  # of one site's summand, in L2 norm; where it is adaptive, the first
-    noise_multiplier: PositiveFloat | None = None  # None: calibrated from epsilon, delta and rounds
+    clip: Annotated[float, Field(gt=0, le=1e6)]  # of one site's summand, in L2 norm; where it is adaptive, the first
+    noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = (
+        None  # None: calibrated from epsilon, delta and rounds
+    )
     adaptive: AdaptiveClip | None = None
     correlated: CorrelatedNoise | None = None
 

@@ -77,7 +77,7 @@ def epsilon(charges: Sequence[Charge], delta: float) -> float:
 
 def gaussian(noise_multiplier: float, delta: float) -> float:
     """The epsilon of one Gaussian mechanism without sampling; of n equal ones, at their multiplier over the root of n."""
-    _number("noise_multiplier", noise_multiplier, 1e-6, 1e9, "use more noise")
+    _number("noise_multiplier", noise_multiplier, 1e-9, 1e9, "use more noise")
     _number("delta", delta, 1e-15, 0.1, "use less than one over the number of records")
     return _epsilon(((noise_multiplier, 1.0, 1),), delta)
 

@@ -57,6 +57,8 @@ def calibrated(privacy: SitePrivacy, rounds: int, cohort: int) -> SitePrivacy:
     if noise is None:
         noise = _least(privacy.epsilon, privacy.delta) * math.sqrt(_turns(privacy, rounds)) * _worse(privacy, rounds)
         noise = math.ceil(1e4 * noise) / 1e4  # up: less would break the promise
+        if noise > 1e6:
+            raise ConfigError(f"privacy.epsilon: {privacy.epsilon:g} is out of reach; allow a larger one")
         privacy = privacy.model_copy(update={"noise_multiplier": noise})
     if privacy.adaptive is not None and privacy.adaptive.count_noise is None:
         deviation = count_noise(noise, cohort)

@@ -62,4 +62,4 @@ def test_what_is_left_open_cannot_be_accounted_for():
     with pytest.raises(ConfigError, match="privacy.correlated.window: null"):
         mixture_of(CorrelatedNoise(separation=2))
     with pytest.raises(ConfigError, match="^noise_multiplier: "):
-        epsilon_after(PLAIN.model_copy(update={"noise_multiplier": 1e-7}), 3)
+        epsilon_after(PLAIN.model_copy(update={"noise_multiplier": 1e-9}), 3)
