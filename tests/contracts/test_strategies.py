@@ -5,6 +5,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from forms import private_forms
 from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
@@ -15,30 +16,16 @@ from fedtailor.config import build, choices
 from fedtailor.config import load as compose
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
-from fedtailor.privacy.correlated import mixture
 from fedtailor.privacy.planning import resolve
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.strategy import Local, model_in
-from fedtailor.study import AdaptiveClip, Spec
+from fedtailor.study import Spec
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Tree
 
 SPECS = {name: compose([f"strategy={name}"]).plan.strategy for name in choices("strategy")}
 SHIPPED = {name: build(spec, Strategy) for name, spec in SPECS.items()}
-PRIVATE = {
-    f"private {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7)
-    for name, strategy in SHIPPED.items()
-    if strategy.reduce.is_sum
-}
-PRIVATE |= {
-    f"adaptive {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7, adaptive=AdaptiveClip(lr=2.0))
-    for name, strategy in SHIPPED.items()
-    if strategy.reduce.is_sum
-}
-PRIVATE |= {
-    f"correlated {name}": private(SHIPPED[name], clip=1.0, noise_multiplier=0.5, cohort=7, mixture=mixture(3))
-    for name in ("fedavg", "scaffold")
-}
+PRIVATE = private_forms(SHIPPED)
 ALL = SHIPPED | PRIVATE
 K, S, B, D = 7, 5, 4, 3
 

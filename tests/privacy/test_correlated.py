@@ -100,6 +100,13 @@ def test_sums_of_100_rounds_have_less_noise_at_equal_cost_where_sites_take_turns
     assert error(mixture(best_window(100, separation)), 100, separation) < most * independent
 
 
+@pytest.mark.parametrize("separation,times", [(2, 1.08), (10, 1.41)])
+def test_asking_all_sites_in_every_round_is_better_still_where_it_can_be_done(separation, times):
+    """A round of sites in turn has fewer to divide by; the figures of docs/sharp_edges/site_level.md."""
+    turns = error(mixture(best_window(100, separation)), 100, separation) * separation
+    assert turns / error((1.0,), 100, 1) == pytest.approx(times, abs=0.01)
+
+
 def test_where_every_site_takes_part_in_every_round_it_does_not_help():
     """So such a plan is refused: the least error of 100 rounds is that of independent noise."""
     assert best_window(100, 1) == 1
