@@ -19,7 +19,7 @@ from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
-from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
@@ -66,6 +66,7 @@ def simulate(
     train = local_train(gradient, strategy, plan.local.lr, losses if plan.record is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
+    like = strategy.start(strategy.broadcast(state), strategy.remember(start))
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
     live = torch.ones(len(plan.sites), plan.local.steps)
     history: list[dict[str, Any]] = []
@@ -80,7 +81,7 @@ def simulate(
         if len(turn.sites) < plan.quorum:
             raise RefusedError(f"round {round}: {len(turn.sites)} sites take part whose turn it is", code="quorum")
         keep = _all if gate is None else gate._replace(plan=turn).keep
-        batches = batches_of(turn, data, round, start)
+        batches = batches_of(turn, data, round, like)
         state, kept = simulate_round(
             strategy,
             train,
@@ -103,7 +104,9 @@ def simulate(
         on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
     history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
     alone: dict[str, Metrics] = {}
+    own = personal(recipe, strategy, state, memory, data)
     if gate is not None:
+        own = _left(gate, own, data, -2)
         for past in history:
             past["sites"] = _left(gate, past["sites"], data, past["round"])
     if plan.evaluation.baseline:
@@ -114,6 +117,9 @@ def simulate(
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
     spent = _epsilon(plan)
+    kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
+    if own:
+        kinds["personal"] = own
     result = Result(
         study=plan.study,
         strategy=plan.strategy.target.rpartition(".")[2],
@@ -121,14 +127,14 @@ def simulate(
         sites={
             site: SiteResult(
                 rows=data[site].rows,
-                metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"].get(site, {})},
+                metrics={kind: by_site.get(site, {}) for kind, by_site in kinds.items()},
                 epsilon=spent,
                 bytes_sent=0,
                 bytes_received=0,
             )
             for site in plan.sites
         },
-        metrics={"local_only": weighted(alone, rows), "federated": weighted(history[-1]["sites"], rows)},
+        metrics={kind: weighted(by_site, rows) for kind, by_site in kinds.items()},
         privacy=None if plan.privacy is None or spent is None else privacy_result(plan.privacy, spent),
         timing=Timing(wall_s=time.monotonic() - began, setup_s=setup_s, round_s=round_s),
         transport=None,
@@ -169,8 +175,12 @@ def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> d
     return found
 
 
-def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Params) -> Tree:
-    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest."""
+def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, like: Tree) -> Tree:
+    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest.
+
+    Args:
+        like: what is trained, for the shapes of its noise.
+    """
     masks = {site: draw(plan.local, len(data[site].train.y), plan.seed, round, site) for site in plan.sites}
     width = max(1, max(int(mask.sum(1).max()) for mask in masks.values()))
     packed = [
@@ -180,21 +190,32 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Param
     if plan.record is not None and plan.record.noise_multiplier is not None:
         std = plan.record.noise_multiplier * plan.record.clip
         for site, batch in zip(plan.sites, packed, strict=True):
-            steps = [_noise(start, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
+            steps = [_noise(like, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
             batch["noise"] = tree.stack(steps)
     return tree.stack(packed)
 
 
-def _noise(like: Params, std: float, seed: int, round: int, site: str, step: int) -> dict[str, Tensor]:
+def _noise(like: Tree, std: float, seed: int, round: int, site: str, step: int) -> Tree:
     """Seeded noise, for simulations only."""
     rng = seeds.generator(seed, "noise", round, site, step)
-    return {name: std * torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in like.items()}
+    return tree.map(lambda p: std * torch.randn(p.shape, generator=rng, dtype=p.dtype), like)
 
 
 def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
     """The current model's metrics at every site."""
     params = model_in(strategy.broadcast(state))
     return {site: recipes.evaluate(recipe, params, one.test) for site, one in data.items()}
+
+
+def personal(
+    recipe: Recipe, strategy: Strategy, state: Tree, memory: Tree, data: Mapping[str, Dataset]
+) -> dict[str, Metrics]:
+    """The metrics of each site's own model; empty where the strategy gives it none."""
+    if strategy.personal is None:
+        return {}
+    cast = strategy.broadcast(state)
+    own = {site: strategy.personal(cast, tree.at(memory, k)) for k, site in enumerate(data)}
+    return {site: recipes.evaluate(recipe, own[site], one.test) for site, one in data.items()}
 
 
 def _epsilon(plan: Plan) -> float | None:
