@@ -42,7 +42,7 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
         RefusedError: what the airlock would say.
         FedtailorError: what the training process would.
     """
-    plan, policy, kinds = known.proposal.plan, visits.config.policy, _kinds(known.proposal.plan)
+    plan, policy, kinds = known.proposal.plan, visits.config.policy, _kinds(known.proposal.plan, visits.config.site)
     cast = _cast(plan)
     sizes, took = [], []
     with tempfile.TemporaryDirectory(dir=visits.home.state, prefix=".rehearsal-") as scratch:
@@ -60,7 +60,8 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
         epsilon=epsilon(training, delta) if training else None,
         epsilon_after=epsilon([*spent, *charges], delta) if charges else None,
         bytes_out=sum(kind.times * size for kind, size in zip(kinds, sizes, strict=True)),
-        bytes_in=(plan.rounds + 1) * (len(cast) + len(_visit(known, cast, train=True).model_dump_json())),
+        bytes_in=sum(kind.times for kind in kinds[1:])
+        * (len(cast) + len(_visit(known, cast, train=True).model_dump_json())),
         seconds_a_round=round(took[1], 3),
         minutes=round(sum(kind.times * seconds for kind, seconds in zip(kinds, took, strict=True)) / 60, 2),
         memory_mb=_peak_mb(visits.workshop.pid),
@@ -74,11 +75,12 @@ class _Kind(NamedTuple):
     times: int
 
 
-def _kinds(plan: Plan) -> list[_Kind]:
-    evaluated = len(range(0, plan.rounds, plan.evaluation.every))
+def _kinds(plan: Plan, site: str) -> list[_Kind]:
+    asked = [round for round in range(plan.rounds) if site in plan.asked(round)]
+    evaluated = sum(round % plan.evaluation.every == 0 for round in asked)
     kinds = [_Kind({}, 1), _Kind({"train": True, "evaluate": True}, evaluated)]
-    if evaluated < plan.rounds:
-        kinds.append(_Kind({"train": True}, plan.rounds - evaluated))
+    if evaluated < len(asked):
+        kinds.append(_Kind({"train": True}, len(asked) - evaluated))
     return [*kinds, _Kind({"evaluate": True, "baseline": plan.evaluation.baseline}, 1)]
 
 
