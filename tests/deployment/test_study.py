@@ -28,12 +28,14 @@ def command(*arguments):
     [
         "fedavg",
         "scaffold",
+        "flower strategy.algorithm=FedAvgM 'strategy.arguments={server_momentum: 0.9}'",
         pytest.param("qfedavg", marks=pytest.mark.slow),
         pytest.param("quantise 'strategy.of={name: centred_clipping, radius: 2}'", marks=pytest.mark.slow),
     ],
 )
 def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy):
-    """Also where sites keep a memory, report by their loss, or choose at random, and where the server sees all replies."""
+    """Also where sites keep a memory, report by their loss, or choose at random, where the server sees all replies, and
+    where Flower's own code aggregates."""
     plan = deployment.plan("privacy=none", "rounds=3", *shlex.split(f"strategy={strategy}"))
     run = deployment.submit(plan)
     result = deployment.finish(run)
@@ -43,8 +45,8 @@ def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy
     for site in deployment.sites:
         for kind in ("local_only", "federated"):
             assert result["sites"][site]["metrics"][kind] == pytest.approx(
-                simulated.sites[site].metrics[kind], rel=1e-4
-            )
+                simulated.sites[site].metrics[kind], rel=1e-4, abs=6e-5
+            )  # a site rounds to four digits
 
 
 def test_a_private_study_costs_what_it_says_and_its_folder_is_whole(deployment):

@@ -47,6 +47,12 @@ REFUSED = {
 STATEFUL = {"FedAvgM", "FedAdam", "FedYogi", "FedAdagrad", "QFedAvg"}
 
 
+@pytest.fixture(autouse=True)
+def hurry(monkeypatch):
+    """Flower's QFedAvg and Bulyan collect garbage for every reply, which takes longer than the round."""
+    monkeypatch.setattr("gc.collect", lambda *_: 0)
+
+
 def run(strategy: Strategy, start: Tree, around: Any, step: Any, rounds: range = range(3), state: Any = None) -> Tree:
     state = strategy.init(start) if state is None else state
     for round in rounds:
