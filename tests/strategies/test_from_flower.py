@@ -8,6 +8,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import strategy as theirs
+from flwr.supercore.task_identity import TaskIdentity
 from own_flower import Own
 from safetensors.torch import load as from_bytes
 from safetensors.torch import save as to_bytes
@@ -69,7 +70,7 @@ class Momentum(Own):
             0.5,
             [],
         )
-        self.inside.fraction_train = 1 / (1 + last)
+        self.inside.fraction_train /= 2
         return {n: self.now[n] + v for n, v in self.velocity.items()}
 
 
@@ -97,7 +98,7 @@ def test_a_momentum_of_its_own_is_ours_and_resumes_bit_for_bit(start, around, st
     again = run(from_flower(Momentum()), start, around, step, range(2, 4), tree.unflatten(flat))
     one, other = tree.flatten(whole), tree.flatten(again)
     assert one.keys() == other.keys() and all(torch.equal(x, other[path]) for path, x in one.items())
-    assert "flower/0:object:inside/0:float:fraction_train" in one
+    assert one["flower/0:object:inside/0:float:fraction_train"] == 1 / 16
 
 
 class Rolls(Own):
@@ -118,6 +119,8 @@ def test_chance_is_the_same_again_and_leaves_no_trace(start, around, step):
         seed(1)
     first = run(from_flower(Rolls()), start, around, step, range(2))["params"]
     assert drawn() == expected
+    with pytest.raises(RuntimeError, match="not set"):
+        assert TaskIdentity.run_id
     second = run(from_flower(Rolls()), start, around, step, range(2))["params"]
     assert torch.equal(first["w"], second["w"])
     plain = run(from_flower(Own()), start, around, step, range(2))["params"]
