@@ -15,7 +15,7 @@ from fedtailor.result import (
     versions,
     weighted,
 )
-from fedtailor.server.rounds import Closed
+from fedtailor.server.folding import Closed
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
 

@@ -12,9 +12,10 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtailor import store, tree, wire
 from fedtailor.errors import ConfigError
 from fedtailor.events import Events
+from fedtailor.server.folding import Closed, close_round
 from fedtailor.server.listener import Bell
 from fedtailor.server.record import Progress
-from fedtailor.server.rounds import Answer, Closed, Flag, Standing, answers, close_round
+from fedtailor.server.rounds import Answer, Flag, Standing, answers
 from fedtailor.server.runs import Run
 from fedtailor.server.superlink import SuperLink
 from fedtailor.server.vouching import Heads, Last, Vouch, last_from, last_of

@@ -10,7 +10,7 @@ from fedtailor.config import load
 from fedtailor.errors import ConfigError, WireError
 from fedtailor.privacy.planning import resolve
 from fedtailor.server import rounds
-from fedtailor.server.rounds import close_round, discounted
+from fedtailor.server.folding import close_round, discounted
 from fedtailor.server.vouching import last_of
 from fedtailor.study import Buffer, Plan
 

@@ -10,9 +10,9 @@ import torch
 
 from fedtailor.config import load
 from fedtailor.errors import ConfigError, StoreError
+from fedtailor.server.folding import Closed
 from fedtailor.server.home import Home, ServerConfig
 from fedtailor.server.record import Progress, noted, result_of
-from fedtailor.server.rounds import Closed
 from fedtailor.server.runs import Run
 from fedtailor.wire import Report
 
