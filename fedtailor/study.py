@@ -9,6 +9,7 @@ from pydantic import (
     ConfigDict,
     Discriminator,
     Field,
+    NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
@@ -51,6 +52,27 @@ class LocalTraining(Frozen):
     steps: PositiveInt
     rate: Rate
     lr: PositiveFloat
+    within_s: PositiveFloat | None = None  # a site that is slower takes fewer steps, one at least; None: all of them
+
+
+class Buffer(Frozen):
+    """Rounds that do not wait for everybody: who is slow answers a later round, and counts less for it.
+
+    Nguyen et al. 2022, Federated Learning with Buffered Asynchronous Aggregation, https://arxiv.org/abs/2106.06639. Unlike
+    there, a quorum of a round's answers must be to that round's own model: it is what a site's minimum cohort rests on.
+    """
+
+    answers: PositiveInt  # that close a round, a quorum of them to its own question
+    exponent: NonNegativeFloat = 0.5  # an answer t rounds late counts (1 + t) ** -exponent
+    oldest: PositiveInt = 10  # rounds late, and it does not count at all
+
+    def weight(self, late: int) -> float:
+        """How much an answer counts.
+
+        >>> Buffer(answers=3).weight(0), Buffer(answers=3).weight(3)
+        (1.0, 0.5)
+        """
+        return float((1 + late) ** -self.exponent)
 
 
 class RecordPrivacy(Frozen):
@@ -139,6 +161,7 @@ class Plan(Frozen):
     sites: Annotated[tuple[Name, ...], Field(min_length=1)]
     quorum: PositiveInt  # a round counts when at least this many sites replied
     deadline_s: PositiveFloat  # a round closes then, with whoever replied
+    buffer: Buffer | None = None  # None: a round waits for all sites until its deadline
     local: LocalTraining
     strategy: Spec
     recipe: Spec
@@ -158,6 +181,14 @@ class Plan(Frozen):
             raise ValueError(
                 f"quorum: {self.quorum} is more than the {fewest} sites whose turn it is in some round "
                 f"(privacy.correlated.separation: {self.turns()})"
+            )
+        if self.buffer is not None and not self.quorum <= self.buffer.answers <= len(self.sites):
+            asked = f"buffer.answers: {self.buffer.answers} is not from the quorum, {self.quorum}, to all"
+            raise ValueError(f"{asked} {len(self.sites)} sites")
+        if self.buffer is not None and self.site is not None:
+            raise ValueError(
+                "buffer, privacy.unit: site-level privacy counts one answer of a site in a round, made with that round's clip; "
+                "a round that takes late answers has no such bound: leave buffer out"
             )
         return self
 

@@ -20,6 +20,7 @@ from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
@@ -37,6 +38,7 @@ def simulate(
     *,
     block: int = 64,
     policies: Mapping[str, Policy] | None = None,
+    step_s: Mapping[str, float] | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> tuple[Result, Params]:
     """Run ``plan`` with one client a site.
@@ -47,6 +49,8 @@ def simulate(
     Args:
         policies: each site's rules; None: nobody asks them. With rules, what they refuse does not take part, and what
             leaves passes the same list as in a deployment.
+        step_s: virtual seconds of a local step, by site, 1 where nothing is said: for plans whose rounds do not wait for
+            everybody, or give a site only so much time.
 
     Raises:
         RefusedError: if the rules leave fewer sites than the quorum.
@@ -68,13 +72,16 @@ def simulate(
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     like = strategy.start(strategy.broadcast(state), strategy.remember(start))
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
-    live = torch.ones(len(plan.sites), plan.local.steps)
+    speeds = torch.tensor([(step_s or {}).get(site, 1.0) for site in plan.sites])
+    taken, clock = steps_within(plan, speeds), Clock(0.0)
+    live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
+    stale: list[dict[str, Any]] = []
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
-        clock = time.monotonic()
+        began_round = time.monotonic()
         turn = plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
-        places = torch.tensor([place for place, site in enumerate(plan.sites) if site in turn.sites], dtype=torch.long)
+        at = torch.tensor([place for place, site in enumerate(plan.sites) if site in turn.sites], dtype=torch.long)
         if round % plan.evaluation.every == 0:
             now = {site: data[site] for site in turn.sites}
             history.append({"round": round, "sites": measured(recipe, strategy, state, now)})
@@ -82,25 +89,19 @@ def simulate(
             raise RefusedError(f"round {round}: {len(turn.sites)} sites take part whose turn it is", code="quorum")
         keep = _all if gate is None else gate._replace(plan=turn).keep
         batches = batches_of(turn, data, round, like)
-        state, kept = simulate_round(
-            strategy,
-            train,
-            state,
-            tree.at(memory, places),
-            batches,
-            live[places],
-            counts[places],
-            round,
-            block=block,
-            keep=keep,
-        )
-        memory = tree.map(partial(_put, places), memory, kept)
+        given = (strategy, train, state, tree.at(memory, at), batches, live[at], counts[at], round)
+        if plan.buffer is None:
+            state, kept = simulate_round(*given, block=block, keep=keep)
+        else:
+            state, kept, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
+            stale += old
+        memory = tree.map(partial(_put, at), memory, kept)
         if (
             gate is not None
             and len(turn.sites) - len({entry["site"] for entry in gate.dropped} & set(turn.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
-        round_s.append(time.monotonic() - clock)
+        round_s.append(time.monotonic() - began_round)
         on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
     history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
     alone: dict[str, Metrics] = {}
@@ -142,7 +143,7 @@ def simulate(
         seed=plan.seed,
         model=model_file(params),
         versions=versions(),
-        dropped=[] if gate is None else gate.dropped,
+        dropped=stale + ([] if gate is None else gate.dropped),
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
@@ -152,8 +153,8 @@ def _all(summands: Tree, first: int, round: int) -> None:
     """Every answer leaves."""
 
 
-def _put(places: Tensor, old: Tensor, new: Tensor) -> Tensor:
-    return old.index_copy(0, places, new)
+def _put(at: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    return old.index_copy(0, at, new)
 
 
 def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset], which: int) -> dict[str, Metrics]:

@@ -68,6 +68,7 @@ def test_what_is_left_open_is_filled_in():
     (["privacy.correlated={separation: 2}"], "quorum: 3 is more than the 2 sites whose turn it is"),
     (["privacy.correlated={separation: 5}", "quorum=1"], "separation: 5 is more than the 4 sites"),
     (["privacy.correlated={separation: 2, window: 65}", "quorum=2"], "window.*65"),
+    (["buffer={answers: 3}"], "takes late answers has no such bound"),
     (["privacy.unit=person"], "privacy: unit is neither record nor site"),
     (["privacy.clip=0"], "^privacy.clip: .*0"),
     (["privacy=site_adaptive", "privacy.adaptive.quantile=1.5"], "^privacy.adaptive.quantile: .*1.5"),

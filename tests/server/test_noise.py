@@ -17,9 +17,9 @@ from fedtailor.errors import StoreError
 from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.server import studies
+from fedtailor.server.folding import Closed
 from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress
-from fedtailor.server.rounds import Closed
 from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting
 from fedtailor.server.vouching import Last
