@@ -139,5 +139,5 @@ def test_what_is_private_is_noised_before_it_is_rounded(tmp_path):
     for bound, dtype in ((None, torch.float32), (1.0, torch.float64)):
         strategy = strategies.fedavg()._replace(apply=apply, sensitivity=bound)
         closed = folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {}), strategy=strategy)
-        advance(plan, strategy, lambda: {"params": {"w": torch.zeros(2)}}, closed, 0, tree.unflatten(SUMMAND))
+        advance(plan, strategy, lambda: {"params": {"w": torch.zeros(2)}}, closed, VISIT.round, tree.unflatten(SUMMAND))
         assert set(seen[-1].values()) == {dtype}
