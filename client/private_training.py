@@ -1,17 +1,18 @@
 """Record-level DP-SGD at a site: Poisson samples, Opacus' per-example clipping, noise that cannot be guessed."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from opacus.grad_sample import GradSampleModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtailor import tree
 from fedtailor.client.private_gate import check_private
 from fedtailor.client.safe_optimizer import SafeDPOptimizer, quiet_hooks
 from fedtailor.errors import ConfigError, FedtailorError
 from fedtailor.privacy.csprng import Csprng
-from fedtailor.recipe import Part, Recipe
+from fedtailor.recipe import Part, Recipe, parameters
 from fedtailor.strategy import Local, Strategy
 from fedtailor.study import Plan
 from fedtailor.training import NO_LOSS
@@ -75,48 +76,44 @@ def private_train(
     rng = rng.derive(f"round/{inputs_digest(part, plan, noise_multiplier, cast, memory)}")
     with torch.random.fork_rng(devices=[]), quiet_hooks():
         torch.manual_seed(rng.seed("dropout"))  # a repeated round must repeat this too
-        module = _module(recipe, cast["params"])
+        module = _module(recipe, cast["params"], strategy.trains)
+        moving = [p for p in module.parameters() if p.requires_grad]  # what stays is neither clipped nor noised
         optimizer = SafeDPOptimizer(
-            torch.optim.SGD(module.parameters(), lr=plan.local.lr),
+            torch.optim.SGD(moving, lr=plan.local.lr),
             noise_multiplier=noise_multiplier,
             max_grad_norm=plan.privacy.clip,
             rng=rng,
         )
-        params = _params(module, cast["params"])
+        params = tree.map(torch.clone, cast["params"])
         for _ in range(plan.local.steps):
             mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
             _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
             grads = _release(module, params, plan.local.rate * len(part.y), optimizer)
             grads = strategy.correct(grads, params, cast, memory)
-            params = tree.map(lambda p, g: p - plan.local.lr * g, params, grads)
-            _load(module, params)
+            params = params | tree.map(lambda g, p: p - plan.local.lr * g, grads, params)
+            _load(module._module, params)
     count, steps = torch.tensor(float(len(part.y))), torch.tensor(float(plan.local.steps))
     return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr, seed))
 
 
-def _module(recipe: Recipe, params: Params) -> GradSampleModule:
+def _module(recipe: Recipe, params: Params, trains: Callable[[str], bool]) -> GradSampleModule:
     module = recipe.model().train()
-    own = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    own = {name: tuple(p.shape) for name, p in parameters(module).items()}
     theirs = {name: tuple(p.shape) for name, p in params.items()}
     if own != theirs:
         wrong = min(set(own.items()) ^ set(theirs.items()))
         raise ConfigError(f"cast: parameter {wrong[0]!r} {wrong[1]} does not fit the model of recipe {recipe.name!r}")
-    for p in module.parameters():
-        p.requires_grad_(True)
-    wrapped = GradSampleModule(module, loss_reduction="sum")
-    _load(wrapped, params)
-    return wrapped
+    _load(module, params)
+    for name, p in parameters(module).items():
+        p.requires_grad_(trains(name))
+    return GradSampleModule(module, loss_reduction="sum")
 
 
-def _load(module: GradSampleModule, params: Params) -> None:
+def _load(module: nn.Module, params: Params) -> None:
+    named = dict(module.named_parameters())
     with torch.no_grad():
-        for name, p in module._module.named_parameters():
-            p.copy_(params[name])
-
-
-def _params(module: GradSampleModule, order: Params) -> Params:
-    now = {name: p.detach().clone() for name, p in module._module.named_parameters()}
-    return {name: now[name] for name in order}
+        for name, p in params.items():
+            named[name].copy_(p)
 
 
 def _sum_gradients(
@@ -132,7 +129,7 @@ def _release(module: GradSampleModule, order: Params, expected: float, optimizer
     """The noisy mean gradient: the only thing that leaves the examples."""
     optimizer.add_noise()
     named = dict(module._module.named_parameters())
-    grads = {name: named[name].grad / expected for name in order}
+    grads = {name: named[name].grad / expected for name in order if named[name].requires_grad}
     if not all(tree.finite(g) for g in grads.values()):
         raise FedtailorError(
             "training: the noisy gradient is not finite; the model or the clip is too large for float32",

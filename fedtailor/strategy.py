@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtailor import tree
+from fedtailor import adapters, tree
 from fedtailor.tree import Tree
 
 
@@ -65,11 +65,19 @@ SUM = Reduce(_sum, is_sum=True)
 STACK = Reduce(_cat)  # for what must see all replies at once: the total is their stack, leaves [K, ...]
 
 
+def trained(name: str) -> bool:
+    """Whether local training moves a parameter: all but the shift of an adapter, which is the server's to move."""
+    return not adapters.is_part(name, adapters.SHIFT)
+
+
 class Strategy(NamedTuple):
     """One federated algorithm. Every function is pure; the client's two also run under ``torch.func.vmap``.
 
     ``state["params"]`` is the model. ``cast["params"]`` is where local training starts; a strategy that trains from
     another point than its model (an average of iterates, say) casts the model too, as ``cast["model"]``.
+
+    Parameters that ``trains`` refuses by name have no gradient, no share of a clipped norm and no noise at a site;
+    ``correct`` gets the gradients of the others only, and the names in them are those to go by.
     """
 
     init: Callable[[Tree], Tree]  # params -> state
@@ -80,6 +88,7 @@ class Strategy(NamedTuple):
     remember: Callable[[Tree], Tree] = lambda params: {}  # a new client's memory
     reduce: Reduce = SUM
     needs_loss: bool = False  # whether ``report`` reads ``local.loss``, which DP-SGD's epsilon does not cover
+    trains: Callable[[str], bool] = trained  # a parameter's name -> whether local training moves it
     sensitivity: float | None = None  # where one client's summand is bounded for privacy: the bound, in L2 norm
 
 

@@ -71,11 +71,17 @@ def step(params: Tree, delta: Tree, scale: Tensor | float) -> Tree:
 
 
 def lowered(tree: Tree, like: Tree) -> Tree:
-    """``tree`` in the dtypes of ``like``, leaf by leaf, emptying ``tree`` on the way: never two whole copies at once."""
+    """``tree`` in the dtypes of ``like``, leaf by leaf, emptying ``tree`` on the way: never two whole copies at once.
+
+    What ``like`` does not have, because a reduction made it, stays as it is.
+    """
     out: Tree = {}
     for key in list(tree):
         leaf = tree.pop(key)
-        out[key] = lowered(leaf, like[key]) if isinstance(leaf, dict) else leaf.to(like[key].dtype)
+        if key not in like:
+            out[key] = leaf
+        else:
+            out[key] = lowered(leaf, like[key]) if isinstance(leaf, dict) else leaf.to(like[key].dtype)
         del leaf
     return out
 
