@@ -6,6 +6,7 @@ becomes of them: ``X.base.*`` is frozen and stays with the recipe; ``X.lora_a.we
 and is moved by the server alone.
 """
 
+import math
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -73,7 +74,8 @@ def adapted(
     if not chosen:
         raise ConfigError(f"adapters: no linear layer matches {list(where)}; there are {sorted(linear)}")
     for name, base in chosen.items():
-        if not 1 <= rank <= (most := min(base.in_features, base.out_features)):
+        most = min(base.in_features, base.out_features)
+        if not 1 <= rank <= most:
             raise ConfigError(f"adapters: rank {rank} for layer {name!r}; it must be from 1 to {most}")
         if key is not None:
             _draw(base, key, name)
@@ -86,7 +88,7 @@ def adapted(
 
 
 def _draw(layer: nn.Linear, key: str, name: str) -> None:
-    bound = layer.in_features**-0.5  # torch's own for a linear layer
+    bound = 1 / math.sqrt(layer.in_features)  # torch's own for a linear layer
     with torch.no_grad():
         for part, p in layer.named_parameters():
             number = torch.tensor(seeds.number(0, "base", key, name, part), device=p.device)
