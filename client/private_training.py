@@ -16,7 +16,7 @@ from fedtailor.recipe import Part, Recipe, parameters
 from fedtailor.strategy import Local, Strategy
 from fedtailor.study import Plan
 from fedtailor.training import NO_LOSS
-from fedtailor.tree import Params, Tree
+from fedtailor.tree import Tree
 
 __all__ = ["check_private", "inputs_digest", "private_train"]
 
@@ -76,44 +76,66 @@ def private_train(
     rng = rng.derive(f"round/{inputs_digest(part, plan, noise_multiplier, cast, memory)}")
     with torch.random.fork_rng(devices=[]), quiet_hooks():
         torch.manual_seed(rng.seed("dropout"))  # a repeated round must repeat this too
-        module = _module(recipe, cast["params"], strategy.trains)
-        moving = [p for p in module.parameters() if p.requires_grad]  # what stays is neither clipped nor noised
+        params = strategy.start(cast, memory)
+        module, named = _module(recipe, params, strategy.trains)
+        moving = [p for p in named.values() if p.requires_grad]  # what stays is neither clipped nor noised
         optimizer = SafeDPOptimizer(
             torch.optim.SGD(moving, lr=plan.local.lr),
             noise_multiplier=noise_multiplier,
             max_grad_norm=plan.privacy.clip,
             rng=rng,
         )
-        params = tree.map(torch.clone, cast["params"])
         for _ in range(plan.local.steps):
             mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
             _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
-            grads = _release(module, params, plan.local.rate * len(part.y), optimizer)
+            grads = _release(named, plan.local.rate * len(part.y), optimizer)
             grads = strategy.correct(grads, params, cast, memory)
-            params = params | tree.map(lambda g, p: p - plan.local.lr * g, grads, params)
-            _load(module._module, params)
+            params = tree.joined(params, tree.map(lambda g, p: p - plan.local.lr * g, grads, params))
+            _load(named, params)
     count, steps = torch.tensor(float(len(part.y))), torch.tensor(float(plan.local.steps))
     return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr, seed))
 
 
-def _module(recipe: Recipe, params: Params, trains: Callable[[str], bool]) -> GradSampleModule:
-    module = recipe.model().train()
-    own = {name: tuple(p.shape) for name, p in parameters(module).items()}
-    theirs = {name: tuple(p.shape) for name, p in params.items()}
+class _Together(nn.Module):
+    """Several models of one recipe that see the same examples."""
+
+    def __init__(self, recipe: Recipe, names: list[str]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict({name: recipe.model() for name in names})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [model(x) for model in self.models.values()]
+
+
+def _module(
+    recipe: Recipe, params: Tree, trains: Callable[[str], bool]
+) -> tuple[GradSampleModule, dict[str, nn.Parameter]]:
+    several = [name for name, one in params.items() if isinstance(one, dict)]
+    module = (_Together(recipe, several) if several else recipe.model()).train()
+    named = _named(module)
+    own = {name: tuple(p.shape) for name, p in named.items()}
+    theirs = {name: tuple(p.shape) for name, p in tree.flatten(params).items()}
     if own != theirs:
         wrong = min(set(own.items()) ^ set(theirs.items()))
         raise ConfigError(f"cast: parameter {wrong[0]!r} {wrong[1]} does not fit the model of recipe {recipe.name!r}")
-    _load(module, params)
-    for name, p in parameters(module).items():
-        p.requires_grad_(trains(name))
-    return GradSampleModule(module, loss_reduction="sum")
+    for path, p in named.items():
+        p.requires_grad_(trains(path.rpartition("/")[2]))
+    _load(named, params)
+    return GradSampleModule(module, loss_reduction="sum"), named
 
 
-def _load(module: nn.Module, params: Params) -> None:
-    named = dict(module.named_parameters())
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The study's parameters by the paths that they have in a strategy's tree."""
+    if not isinstance(module, _Together):
+        return parameters(module)
+    return {f"{which}/{name}": p for which, one in module.models.items() for name, p in parameters(one).items()}
+
+
+def _load(named: dict[str, nn.Parameter], params: Tree) -> None:
+    flat = tree.flatten(params)
     with torch.no_grad():
-        for name, p in params.items():
-            named[name].copy_(p)
+        for name, p in named.items():
+            p.copy_(flat[name])
 
 
 def _sum_gradients(
@@ -121,18 +143,20 @@ def _sum_gradients(
 ) -> None:
     for rows in mask.nonzero()[:, 0].split(most):  # type: ignore[no-untyped-call]
         if len(rows):
-            recipe.losses(module(part.x[rows]), part.y[rows]).sum().backward()  # type: ignore[no-untyped-call]
+            outputs = module(part.x[rows])
+            each = outputs if isinstance(outputs, list) else [outputs]
+            losses = torch.stack([recipe.losses(one, part.y[rows]).sum() for one in each])
+            losses.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.accumulate()
 
 
-def _release(module: GradSampleModule, order: Params, expected: float, optimizer: SafeDPOptimizer) -> Params:
+def _release(named: dict[str, nn.Parameter], expected: float, optimizer: SafeDPOptimizer) -> Tree:
     """The noisy mean gradient: the only thing that leaves the examples."""
     optimizer.add_noise()
-    named = dict(module._module.named_parameters())
-    grads = {name: named[name].grad / expected for name in order if named[name].requires_grad}
+    grads = {name: p.grad / expected for name, p in named.items() if p.grad is not None}
     if not all(tree.finite(g) for g in grads.values()):
         raise FedtailorError(
             "training: the noisy gradient is not finite; the model or the clip is too large for float32",
             code="nonfinite",
         )
-    return grads
+    return tree.unflatten(grads)

@@ -8,7 +8,7 @@ from fedtailor.recipe import Part, Recipe
 from fedtailor.strategy import trained
 from fedtailor.study import Plan
 from fedtailor.training import parted, plain
-from fedtailor.tree import Params, map
+from fedtailor.tree import Params, joined, map
 
 
 def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
@@ -24,6 +24,6 @@ def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
             batch = {name: leaf[step] for name, leaf in batches.items()}
             moving, fixed = parted(params, trained)
             moved = map(lambda p, g: p - plan.local.lr * g, moving, gradient(moving, batch, fixed))
-            params = params | moved
+            params = joined(params, moved)
     with torch.no_grad():
         return map(torch.clone, params)

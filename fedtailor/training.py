@@ -28,18 +28,36 @@ NO_LOSS = (
 
 def plain(losses: Losses) -> Gradient:
     """The gradient of the batch's loss, without any privacy."""
+    every = together(losses)
 
     def gradient(params: Tree, batch: Tree, fixed: Tree = NONE) -> Tree:
-        found: Tree = torch.func.grad(lambda moving: mean_loss(losses, fixed | moving, batch))(params)
+        found: Tree = torch.func.grad(lambda moving: mean_loss(every, tree.joined(fixed, moving), batch))(params)
         return found
 
     return gradient
 
 
+def together(losses: Losses) -> Losses:
+    """``losses`` of several models at once: each example's loss is the sum of its losses under each.
+
+    So each model's gradient is its own, and one clipping bounds what an example does to all of them together.
+
+    Shapes:
+        params: the parameters of one model, or those of several, by name.
+    """
+
+    def fn(params: Tree, x: Tensor, y: Tensor) -> Tensor:
+        several = [one for one in params.values() if isinstance(one, dict)]
+        return torch.stack([losses(one, x, y) for one in several]).sum(0) if several else losses(params, x, y)
+
+    return fn
+
+
 def parted(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:
     """The parameters that local training moves, and those that stay."""
-    moving = {name: p for name, p in params.items() if trains(name)}
-    return moving, {name: p for name, p in params.items() if name not in moving}
+    flat = tree.flatten(params)
+    moving = {path: p for path, p in flat.items() if trains(path.rpartition("/")[2])}
+    return tree.unflatten(moving), tree.unflatten({path: p for path, p in flat.items() if path not in moving})
 
 
 def mean_loss(losses: Losses, params: Tree, batch: Tree) -> Tensor:
@@ -61,8 +79,10 @@ def clipped(losses: Losses, clip: float) -> Gradient:
         batch: as above, and ``noise``, a tree like the parameters, already scaled to ``clip * z``.
     """
 
+    every = together(losses)
+
     def one(params: Tree, fixed: Tree, x: Tensor, y: Tensor) -> Tree:
-        example = torch.func.grad(lambda p: losses(fixed | p, x[None], y[None])[0])(params)
+        example = torch.func.grad(lambda p: every(tree.joined(fixed, p), x[None], y[None])[0])(params)
         return tree.clip(example, clip)
 
     def gradient(params: Tree, batch: Tree, fixed: Tree = NONE) -> Tree:
@@ -94,15 +114,15 @@ def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losse
         raise ConfigError(NO_LOSS)
 
     def train(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
-        params, loss = cast["params"], None
+        params, loss = strategy.start(cast, memory), None
         if strategy.needs_loss and losses is not None:
-            each = [mean_loss(losses, params, tree.at(batches, step)) for step in range(len(live))]
+            each = [mean_loss(losses, cast["params"], tree.at(batches, step)) for step in range(len(live))]
             loss = (torch.stack(each) * live).sum() / live.sum()
         for step, alive in enumerate(live.unbind()):
             moving, fixed = parted(params, strategy.trains)
             given = (moving, tree.at(batches, step), fixed) if fixed else (moving, tree.at(batches, step))
             grads = strategy.correct(gradient(*given), params, cast, memory)
-            params = params | tree.map(lambda p, g, rate=lr * alive: p - rate * g, moving, grads)
+            params = tree.joined(params, tree.map(lambda g, p, rate=lr * alive: p - rate * g, grads, params))
         seed = batches["seed"][0] if "seed" in batches else None
         return strategy.report(Local(cast, memory, params, num_examples, live.sum(), lr, seed, loss))
 

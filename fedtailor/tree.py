@@ -65,6 +65,15 @@ def unflatten(flat: dict[str, Tensor]) -> Tree:
     return tree
 
 
+def joined(*trees: Tree) -> Tree:
+    """One tree with the leaves of all ``trees``; where two have one, the later's.
+
+    >>> joined({"a": {"x": torch.zeros(1), "y": torch.zeros(1)}}, {"a": {"y": torch.ones(1)}})
+    {'a': {'x': tensor([0.]), 'y': tensor([1.])}}
+    """
+    return unflatten({path: x for tree in trees for path, x in flatten(tree).items()})
+
+
 def step(params: Tree, delta: Tree, scale: Tensor | float) -> Tree:
     """``params + scale * delta`` in the parameters' dtype, with no temporary copy where the dtypes agree."""
     return map(lambda p, d: torch.add(p, d.to(p.dtype), alpha=float(scale)), params, delta)

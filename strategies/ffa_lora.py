@@ -4,12 +4,12 @@ from pydantic import validate_call
 
 from fedtailor import Local, Strategy
 from fedtailor.adapters import LORA_A, is_part
-from fedtailor.strategies.inner import FEDAVG, Inner
+from fedtailor.strategies.inner import FEDAVG, Shared
 from fedtailor.tree import Params, Tree
 
 
 @validate_call
-def ffa_lora(of: Inner = FEDAVG) -> Strategy:
+def ffa_lora(of: Shared = FEDAVG) -> Strategy:
     """Train and send only the second half of each adapter: what is averaged is then exact, and noise enters once.
 
     The first half stays where it started and is cast with the rest; ``of`` never sees it. Without adapters it is ``of``.

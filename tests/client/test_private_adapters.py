@@ -13,7 +13,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.privacy.csprng import Csprng
 from fedtailor.recipe import Part, Recipe, initial, losses
 from fedtailor.study import LocalTraining, Plan, RecordPrivacy, Spec
-from fedtailor.training import clipped, local_train
+from fedtailor.training import clipped, local_train, parted
 
 KEY, N, D, CLIP = bytes(range(32)), 60, 6, 0.5
 STRATEGIES = {
@@ -22,6 +22,8 @@ STRATEGIES = {
     "ffa_lora of scaffold": strategies.ffa_lora(strategies.scaffold(3)),
     "fedprox of fedex_lora": strategies.fedprox(0.3, strategies.fedex_lora()),
     "flora": strategies.flora(ranks=((0, 1),)),
+    "ditto of ffa_lora": strategies.ditto(strategies.ffa_lora()),
+    "fedper of fedex_lora": strategies.fedper(strategies.fedex_lora(), own=["2.*"]),
 }
 
 
@@ -92,12 +94,15 @@ def test_it_equals_the_reference_given_the_same_masks_and_noise(name, batch, par
     strategy, the_plan, rng = STRATEGIES[name], plan(), Recorded(KEY)
     cast, memory = strategy.broadcast(strategy.init(start)), strategy.remember(start)
     got = private_train(RECIPE, part, the_plan, 0.8, strategy, cast, memory, rng, max_physical_batch=batch)
-    moving = [name for name in start if strategy.trains(name)]
-    assert len(rng.noises) == 4 * len(moving) and len(moving) == len(start) - (2 if "ffa" in name else 1)
+    begun = strategy.start(cast, memory)
+    moving, still = (list(tree.flatten(one)) for one in parted(begun, strategy.trains))
+    models = 2 if "ditto" in name else 1
+    assert len(still) == models * (2 if "ffa" in name else 1) and len(moving) + len(still) == models * len(start)
+    assert len(rng.noises) == the_plan.local.steps * len(moving)
     batches = pack(part, torch.stack(rng.masks).float(), the_plan.local.rate)
     drawn = [rng.noises[i : i + len(moving)] for i in range(0, len(rng.noises), len(moving))]
-    nought = tree.map(torch.zeros_like, start)
-    batches["noise"] = tree.stack([nought | dict(zip(moving, noise, strict=True)) for noise in drawn])
+    nought = tree.flatten(tree.map(torch.zeros_like, begun))
+    batches["noise"] = tree.stack([tree.unflatten(nought | dict(zip(moving, one, strict=True))) for one in drawn])
     train = local_train(clipped(losses(RECIPE), CLIP), strategy, the_plan.local.lr)
     expected = train(cast, memory, batches, torch.ones(4), torch.tensor(float(N)))
     for a, b in zip(got, expected, strict=True):

@@ -17,6 +17,7 @@ from fedtailor.recipe import Recipe
 from fedtailor.server.rounds import Closed, advance
 from fedtailor.simulations.run import simulate
 from fedtailor.strategy import Local, Strategy, model_in, standing
+from fedtailor.training import parted
 from fedtailor.wire import Visit
 
 ADAPTED = {
@@ -33,6 +34,8 @@ ADAPTED = {
     "fedex_lora": {},
     "flora": {},
     "flora with ranks": {"ranks": [[0, 1], [40, 2]]},
+    "fedper": {"of": "fedex_lora", "own": ["*head*"]},
+    "ditto": {"of": "ffa_lora"},
 }
 ROUNDS, SITES = 3, {"a": 40, "b": 60, "c": 90}
 
@@ -112,12 +115,12 @@ def test_sites_and_a_coordinator_do_what_the_simulation_does(name, sources):
         "feddyn",
         "robust",
     )  # robust decides on one reply: nothing is left
-    assert still == ({LORA_A, SHIFT} if "ffa" in name else {SHIFT} if averaged else set())
+    assert still == ({LORA_A, SHIFT} if "ffa" in name + str(ADAPTED[name]) else {SHIFT} if averaged else set())
 
 
 def world():
     rng = torch.Generator().manual_seed(1)
-    shapes = {f"x.{LORA_A}": (2, 4), f"x.{LORA_B}": (3, 2), f"x.{SHIFT}": (3, 4), "bias": (3,)}
+    shapes = {f"x.{LORA_A}": (2, 4), f"x.{LORA_B}": (3, 2), f"x.{SHIFT}": (3, 4), "head.bias": (3,)}
     return {name: torch.randn(shape, generator=rng) for name, shape in shapes.items()}
 
 
@@ -135,7 +138,7 @@ def told(strategy, params, ends, lr=0.1):
 def functional(params):
     """What the model computes: an adapter counts by its product, not by its halves."""
     whole = {layer: params[layer + SHIFT] + params[layer + LORA_B] @ params[layer + LORA_A] for layer in layers(params)}
-    return whole | {"bias": params["bias"]}
+    return whole | {"head.bias": params["head.bias"]}
 
 
 def assert_close(a, b):
@@ -144,14 +147,16 @@ def assert_close(a, b):
 
 
 def elsewhere(strategy, params, by):
-    return {k: p + by if strategy.trains(k) else p for k, p in params.items()}
+    """Where a client's training may end: what moves has moved."""
+    begun = strategy.start(strategy.broadcast(strategy.init(params)), strategy.remember(params))
+    return tree.joined(begun, tree.map(lambda p: p + by, parted(begun, strategy.trains)[0]))
 
 
 @pytest.mark.parametrize("name", ADAPTED)
 def test_clients_that_stand_still_leave_the_model_where_it_is(name):
     strategy, params = getattr(strategies, name.split()[0])(**ADAPTED[name]), world()
     state = strategy.init(params)
-    end = strategy.apply(state, told(strategy, params, [params] * 3), 0)
+    end = strategy.apply(state, told(strategy, params, [elsewhere(strategy, params, 0.0)] * 3), 0)
     assert_close(functional(model_in(strategy.broadcast(end))), functional(params))
 
 
