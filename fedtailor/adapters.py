@@ -1,9 +1,9 @@
 """Low-rank adapters beside frozen linear layers. Hu et al. 2021, LoRA, https://arxiv.org/abs/2106.09685.
 
-An adapted layer ``X`` computes ``base(x) + scale * (lora_b(lora_a(x)) + shift(x))``. Its parameters are named by what
-becomes of them: ``X.base.*`` is frozen and stays with the recipe; ``X.lora_a.weight [rank, in]`` and ``X.lora_b.weight
-[out, rank]`` are trained and travel; ``X.shift.weight [out, in]``, which only an exact layer has, travels to the sites
-and is moved by the server alone.
+An adapted layer ``X`` computes ``base(x) + scale * (lora_b(lora_a(x)) + lora_shift(x))``. Its parameters are named by
+what becomes of them: ``X.base.*`` is frozen and stays with the recipe; ``X.lora_a.weight [rank, in]`` and
+``X.lora_b.weight [out, rank]`` are trained and travel; ``X.lora_shift.weight [out, in]``, which only an exact layer has,
+travels to the sites and is moved by the server alone.
 """
 
 import math
@@ -17,7 +17,7 @@ from fedtailor import seeds
 from fedtailor.errors import ConfigError
 from fedtailor.tree import Params
 
-LORA_A, LORA_B, SHIFT = "lora_a.weight", "lora_b.weight", "shift.weight"
+LORA_A, LORA_B, SHIFT = "lora_a.weight", "lora_b.weight", "lora_shift.weight"
 
 
 class Adapted(nn.Module):
@@ -29,13 +29,15 @@ class Adapted(nn.Module):
         self.base, self.scale = base.requires_grad_(False), scale
         self.lora_a = nn.Linear(wide, rank, bias=False).to(base.weight)
         self.lora_b = _zero(nn.Linear(rank, high, bias=False).to(base.weight))  # the layer starts as its base
-        self.shift = _zero(nn.Linear(wide, high, bias=False).to(base.weight)).requires_grad_(False) if exact else None
+        self.lora_shift = (
+            _zero(nn.Linear(wide, high, bias=False).to(base.weight)).requires_grad_(False) if exact else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., in]`` to ``[..., out]``."""
         low: Tensor = self.lora_b(self.lora_a(x))
-        if self.shift is not None:
-            low = low + self.shift(x)
+        if self.lora_shift is not None:
+            low = low + self.lora_shift(x)
         out: Tensor = self.base(x) + self.scale * low
         return out
 

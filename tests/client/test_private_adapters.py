@@ -124,13 +124,13 @@ def test_the_whole_clip_is_spent_on_what_moves(name, part, start):
     strategy, one = STRATEGIES[name], Part(part.x[:1] * 100, 1 - (part.y[:1] > 2).float())
     change = released(strategy, one, start, Everybody(KEY), 0.0)
     still = {k: v for k, v in change.items() if not strategy.trains(k)}
-    assert not any(x.any() for x in still.values()) and "0.shift.weight" in still
+    assert not any(x.any() for x in still.values()) and "0.lora_shift.weight" in still
     assert tree.norm({k: v for k, v in change.items() if k not in still}) == pytest.approx(CLIP, rel=1e-3)
 
 
 def test_what_does_not_move_has_no_noise(part, start):
     change = released(STRATEGIES["ffa_lora"], part, start, Csprng(KEY), 1e6)
-    assert {name for name, x in change.items() if not x.any()} == {"0.lora_a.weight", "0.shift.weight"}
+    assert {name for name, x in change.items() if not x.any()} == {"0.lora_a.weight", "0.lora_shift.weight"}
 
 
 def test_a_cast_that_names_a_frozen_weight_is_refused(part, start):

@@ -18,7 +18,7 @@ from fedtailor.recipes import tabular
 from fedtailor.strategy import trained
 from fedtailor.training import plain
 
-A, B, SHIFT = "layers.body.lora_a.weight", "layers.body.lora_b.weight", "layers.body.shift.weight"
+A, B, SHIFT = "layers.body.lora_a.weight", "layers.body.lora_b.weight", "layers.body.lora_shift.weight"
 
 
 def mlp():
@@ -39,7 +39,7 @@ def test_an_adapted_layer_by_hand():
     layer = adapted(nn.Linear(3, 2), 1, alpha=4, exact=True)
     values = drawn({name: p.detach() for name, p in layer.named_parameters()})
     x = torch.randn(7, 3, generator=torch.Generator().manual_seed(9))
-    low = values["lora_b.weight"] @ values["lora_a.weight"] + values["shift.weight"]
+    low = values["lora_b.weight"] @ values["lora_a.weight"] + values["lora_shift.weight"]
     expected = x @ (values["base.weight"] + 4 * low).T + values["base.bias"]
     torch.testing.assert_close(torch.func.functional_call(layer, values, (x,)), expected)
 
@@ -162,3 +162,8 @@ def test_arguments_that_make_no_sense_together_are_refused(arguments, says):
 def test_it_is_reachable_from_the_command_line():
     plan = load(["study=heart", "recipe.model=mlp", "recipe.adapters=4", "strategy=ffa_lora"]).plan
     assert recipes.initial(build(plan.recipe, Recipe), 0)[A].shape[0] == 4
+
+
+def test_a_layer_of_somebody_elses_that_is_called_shift_is_trained():
+    """Only an adapter's own shift is the server's: no name that a recipe is likely to use may stop a layer's training."""
+    assert trained("encoder.shift.weight") and trained("shift.weight") and not trained(SHIFT)

@@ -9,7 +9,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.strategies import fedavg, fedex_lora, fedexp, ffa_lora, flora, robust, scaffold, topk
 from fedtailor.strategy import Local, standing
 
-A, B, SHIFT = "x.lora_a.weight", "x.lora_b.weight", "x.shift.weight"
+A, B, SHIFT = "x.lora_a.weight", "x.lora_b.weight", "x.lora_shift.weight"
 ROWS = (1.0, 3.0, 6.0)
 
 
