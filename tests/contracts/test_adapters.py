@@ -14,7 +14,7 @@ from fedtailor.config import load as compose
 from fedtailor.datasets import Loaded
 from fedtailor.privacy import private
 from fedtailor.recipe import Recipe
-from fedtailor.server.rounds import Closed, advance
+from fedtailor.server.folding import Closed, advance
 from fedtailor.simulations.run import simulate
 from fedtailor.strategy import Local, Strategy, model_in, standing
 from fedtailor.training import parted
