@@ -81,13 +81,13 @@ def deployed(plan, data, order):
     start = recipes.initial(recipe, plan.seed)
     state, memory, like = strategy.init(start), {site: {} for site in order}, leaving.summand(plan, strategy, start)
     for round in range(plan.rounds):
-        cast, acc = strategy.broadcast(state), None
+        cast, acc, reports = strategy.broadcast(state), None, {}
         for site in order:
             work = perform(visit(plan, round), cast, data[site], memory[site], site=site, key=None)
             leaving.agreed(plan.canonical()).check(tree.flatten(work.summand), train=True)
-            memory[site] = work.memory
+            memory[site], reports[site] = work.memory, work.report
             acc = strategy.reduce.add(acc, tree.at(work.summand, None))
-        closed = Closed(acc=acc, reports=dict.fromkeys(order), received={}, dropped={}, sent={})
+        closed = Closed(acc=acc, reports=reports, received={}, dropped={}, sent={})
         state = advance(plan, strategy, lambda kept=state: kept, closed, round, like)
         saved = to_bytes({k: v.contiguous() for k, v in tree.flatten(state).items()})
         state = tree.unflatten(dict(sorted(from_bytes(saved).items())))
