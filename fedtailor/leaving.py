@@ -40,7 +40,8 @@ class Leaving(Frozen):
     tensors: tuple[Tensor, ...]
     metrics: tuple[str, ...]  # by name; each rounded to METRIC_DIGITS
     norm: PositiveFloat | None  # the greatest L2 norm, over all tensors together; None: not bounded
-    bytes: PositiveInt  # of the tensors' file
+    bytes: PositiveInt  # of the tensors' file, at most
+    packed: bool = False  # by the daemon, without loss, after it has checked them (fedtailor/packing.py)
 
     def spec(self) -> Spec:
         """The tensors as they are compared."""
@@ -88,7 +89,9 @@ def agreed(plan_text: str) -> Leaving:
     tensors = [
         Tensor(name=n, dtype=str(dtype).removeprefix("torch."), shape=s) for n, (dtype, s) in sorted(spec.items())
     ]
-    return Leaving(tensors=tuple(tensors), metrics=METRICS, norm=plan.norm, bytes=size_limit(spec))
+    return Leaving(
+        tensors=tuple(tensors), metrics=METRICS, norm=plan.norm, bytes=size_limit(spec), packed=strategy.packed
+    )
 
 
 def spec_of(expected: Tree) -> Spec:

@@ -61,7 +61,7 @@ def console_table(result: Result) -> Table:
             f"{site.rows:,}",
             *(f"{_short(alone, m)} → {_short(federated, m)}" for m in shown),
             "no DP" if site.epsilon is None else at_most(site.epsilon),
-            *((_size(site.bytes_sent), _size(site.bytes_received)) if result.transport else ("–", "–")),
+            *((_size(site.bytes_sent), _size(site.bytes_received)) if site.bytes_received else ("–", "–")),
         )
     alone, federated = result.metrics.get("local_only", {}), result.metrics.get("federated", {})
     table.add_section()

@@ -20,6 +20,7 @@ from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
+from fedtailor.simulations.traffic import counting, received
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
@@ -66,7 +67,7 @@ def simulate(
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
     live = torch.ones(len(plan.sites), plan.local.steps)
     history: list[dict[str, Any]] = []
-    keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
+    keep, sent = counting(plan, strategy, start, None if gate is None else gate.keep)
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         clock = time.monotonic()
@@ -95,7 +96,7 @@ def simulate(
     alone = alone if gate is None else _left(gate, alone, data, -1)
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
-    spent = _epsilon(plan)
+    spent, cast = _epsilon(plan), received(plan, strategy, state)
     result = Result(
         study=plan.study,
         strategy=plan.strategy.target.rpartition(".")[2],
@@ -105,8 +106,8 @@ def simulate(
                 rows=data[site].rows,
                 metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"].get(site, {})},
                 epsilon=spent,
-                bytes_sent=0,
-                bytes_received=0,
+                bytes_sent=sent[site],
+                bytes_received=cast,
             )
             for site in plan.sites
         },
