@@ -11,6 +11,7 @@ from fedtailor import seeds, tree
 from fedtailor.batches import choices
 from fedtailor.client.work import perform
 from fedtailor.config import build, load
+from fedtailor.leaving import agreed
 from fedtailor.privacy import private
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.run import simulate
@@ -134,6 +135,12 @@ def test_what_shrinks_is_packed_also_inside_others_and_nothing_else_is():
         assert outside(of=sign(scaffold(population=3))).packed
     assert private(sign(), clip=1.0, noise_multiplier=1.0, cohort=3).packed
     assert not any(one.packed for one in (fedavg(), scaffold(population=3), feddyn(), fedprox(0.1), robust(), krum()))
+
+
+def test_a_proposal_says_that_answers_are_packed_and_their_bound_stays():
+    leaves = {name: agreed(load(["study=heart", f"strategy={name}"]).plan.canonical()) for name in ("fedavg", "topk")}
+    assert leaves["topk"].packed and not leaves["fedavg"].packed
+    assert leaves["topk"] == leaves["fedavg"].model_copy(update={"packed": True})
 
 
 def test_a_coordinate_rounded_to_nothing_has_no_sign():
