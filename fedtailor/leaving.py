@@ -39,6 +39,7 @@ class Leaving(Frozen):
 
     tensors: tuple[Tensor, ...]
     metrics: tuple[str, ...]  # by name; each rounded to METRIC_DIGITS
+    models: PositiveInt = 1  # that an evaluation measures: 2 where the site has one of its own beside the shared one
     norm: PositiveFloat | None  # the greatest L2 norm, over all tensors together; None: not bounded
     bytes: PositiveInt  # of the tensors' file, at most
     packed: bool = False  # by the daemon, without loss, after it has checked them (fedtailor/packing.py)
@@ -90,7 +91,12 @@ def agreed(plan_text: str) -> Leaving:
         Tensor(name=n, dtype=str(dtype).removeprefix("torch."), shape=s) for n, (dtype, s) in sorted(spec.items())
     ]
     return Leaving(
-        tensors=tuple(tensors), metrics=METRICS, norm=plan.norm, bytes=size_limit(spec), packed=strategy.packed
+        tensors=tuple(tensors),
+        metrics=METRICS,
+        models=1 if strategy.personal is None else 2,
+        norm=plan.norm,
+        bytes=size_limit(spec),
+        packed=strategy.packed,
     )
 
 

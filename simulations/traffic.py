@@ -34,7 +34,7 @@ def counting(plan: Plan, strategy: Strategy, start: Params, keep: Keep | None) -
 
 
 def received(plan: Plan, strategy: Strategy, state: Tree) -> int:
-    """The bytes that a site is sent in all: the cast of every round, and of the end."""
+    """The bytes that a site is sent in all: the cast of the end, and of every round, as if it were asked in each."""
     return (plan.rounds + 1) * _length(store.safetensors(tree.flatten(strategy.broadcast(state))))
 
 

@@ -16,7 +16,8 @@ import torch
 from fedtailor import packing, strategies, tree
 from fedtailor.leaving import Leaving, Tensor, size_limit, spec_of
 from fedtailor.packing import MAGIC, SOME, TABLE
-from fedtailor.server.rounds import Answer, Closed, close_round
+from fedtailor.server.folding import Closed, close_round
+from fedtailor.server.rounds import Answer
 from fedtailor.wire import Report, Visit
 
 VISIT = Visit(run="r", round=0, train=True, evaluate=False, baseline=False, plan="{}", cast_sha256="0" * 64)
