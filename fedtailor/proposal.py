@@ -168,7 +168,7 @@ def code_of(plan_text: str) -> tuple[tuple[str, str], ...]:
     recipe = build(plan.recipe, Recipe)
     return (
         ("recipe", _hash("recipes", "recipe.py", "contract.py", "adapters.py", "seeds.py")),
-        ("strategy", _hash("strategies", "strategy.py")),
+        ("strategy", _hash("strategies", "strategy.py", "packing.py")),
         ("training", _hash("training.py", "batches.py", "client/private_training.py", "client/work.py")),
         ("contract", hashlib.sha256(recipe.contract.encode()).hexdigest()),
     )

@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedtailor import recipe as recipes
 from fedtailor import seeds, tree
@@ -21,6 +20,7 @@ from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, priva
 from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
+from fedtailor.simulations.traffic import counting, received
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
@@ -74,7 +74,7 @@ def simulate(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
     stale: list[dict[str, Any]] = []
-    keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
+    keep, sent = counting(plan, strategy, start, None if gate is None else gate.keep)
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         began_round = time.monotonic()
@@ -108,7 +108,7 @@ def simulate(
     alone = alone if gate is None else _left(gate, alone, data, -1)
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
-    spent = _epsilon(plan)
+    spent, cast = _epsilon(plan), received(plan, strategy, state)
     kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
     if own:
         kinds["personal"] = own
@@ -121,8 +121,8 @@ def simulate(
                 rows=data[site].rows,
                 metrics={kind: by_site.get(site, {}) for kind, by_site in kinds.items()},
                 epsilon=spent,
-                bytes_sent=0,
-                bytes_received=0,
+                bytes_sent=sent[site],
+                bytes_received=cast,
             )
             for site in plan.sites
         },
