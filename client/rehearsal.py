@@ -28,7 +28,7 @@ class Forecast(NamedTuple):
 
     epsilon: float | None  # of the study, at its delta
     epsilon_after: float | None  # of the data set over all studies
-    bytes_out: int  # that the egress log will list
+    bytes_out: int  # that the egress log will list; of a packed study if every round packs like the rehearsed one
     bytes_in: int
     seconds_a_round: float  # of this site's work
     minutes: float  # of it in all

@@ -220,7 +220,7 @@ def _loading(result: Result) -> list[str]:
         "```python",
         "from safetensors.torch import load_file",
         "",
-        f'params = load_file("{result.model.path}")  # the state dict of the recipe\'s model',
+        f'params = load_file("{result.model.path}")  # the state dict of the recipe\'s model, but for what the recipe freezes',
         "```",
         "",
         "Inputs must be prepared as the recipe's data contract says.",

@@ -30,6 +30,7 @@ def document(proposal: Proposal, rules: list[Rule]) -> dict[str, Any]:
             "models": leaves.models,
             "norm": leaves.norm,
             "bytes": leaves.bytes,
+            "packed": leaves.packed,
             "bits": leaves.bits(),
         },
         "code": proposal.code,
@@ -76,8 +77,9 @@ def sentences(shown: dict[str, Any]) -> list[str]:
             "less, in a later round."
         )
     norm = f"an L2 norm of at most {leaves['norm']:g}" if leaves["norm"] else "no bound on their norm"
+    packed = ", packed without loss" if leaves["packed"] else ""
     lines += [
-        f"Each round these tensors leave, with {norm}, in at most {leaves['bytes']:,} bytes: {names}{more}.",
+        f"Each round these tensors leave, with {norm}, in at most {leaves['bytes']:,} bytes{packed}: {names}{more}.",
         f"If whoever trains were free to choose them, they could carry {leaves['bits']:,} bits a round; the noise of "
         "record-level differential privacy is what limits what they say of a record.",
         f"Metrics that may leave, {measured}, rounded to {METRIC_DIGITS} digits and not private: "

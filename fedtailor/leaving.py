@@ -45,7 +45,8 @@ class Leaving(Frozen):
     metrics: tuple[str, ...]  # by name; each rounded to METRIC_DIGITS
     models: PositiveInt = 1  # that an evaluation measures: 2 where the site has one of its own beside the shared one
     norm: PositiveFloat | None  # the greatest L2 norm, over all tensors together; None: not bounded
-    bytes: PositiveInt  # of the tensors' file
+    bytes: PositiveInt  # of the tensors' file, at most
+    packed: bool = False  # by the daemon, without loss, after it has checked them (fedtailor/packing.py)
 
     def spec(self) -> Spec:
         """The tensors as they are compared."""
@@ -93,9 +94,14 @@ def agreed(plan_text: str) -> Leaving:
     tensors = [
         Tensor(name=n, dtype=str(dtype).removeprefix("torch."), shape=s) for n, (dtype, s) in sorted(spec.items())
     ]
-    models = 1 if strategy.personal is None else 2
-    norm, size = _bound(plan, strategy), size_limit(spec)
-    return Leaving(tensors=tuple(tensors), metrics=METRICS, models=models, norm=norm, bytes=size)
+    return Leaving(
+        tensors=tuple(tensors),
+        metrics=METRICS,
+        models=1 if strategy.personal is None else 2,
+        norm=_bound(plan, strategy),
+        bytes=size_limit(spec),
+        packed=strategy.packed,
+    )
 
 
 def _bound(plan: Plan, strategy: Strategy) -> float | None:

@@ -173,8 +173,8 @@ def code_of(plan_text: str) -> tuple[tuple[str, str], ...]:
     plan = Plan.parse(plan_text)
     recipe = build(plan.recipe, Recipe)
     return (
-        ("recipe", _hash("recipes", "recipe.py", "contract.py")),
-        ("strategy", _hash("strategies", "strategy.py")),
+        ("recipe", _hash("recipes", "recipe.py", "contract.py", "adapters.py", "seeds.py")),
+        ("strategy", _hash("strategies", "strategy.py", "packing.py")),
         ("training", _hash("training.py", "batches.py", "client/private_training.py", "client/work.py", *CLIP)),
         ("contract", hashlib.sha256(recipe.contract.encode()).hexdigest()),
     )

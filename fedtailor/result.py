@@ -62,7 +62,7 @@ class SiteResult(Frozen):
     rows: NonNegativeInt  # training and held-out part together
     metrics: dict[Kind, Metrics]  # None: not estimable, which is not zero
     epsilon: NonNegativeFloat | None  # what this run cost this site, by its unit; None: no privacy
-    bytes_sent: NonNegativeInt
+    bytes_sent: NonNegativeInt  # of a simulation: of the payloads that a deployment would have, without their heads
     bytes_received: NonNegativeInt
 
 

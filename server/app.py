@@ -52,7 +52,7 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
     recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan, os.urandom(32))
     start = recipes.initial(recipe, plan.seed)
     state, like, progress = strategy.init(start), leaving.summand(plan, strategy, start), Progress()
-    leaves = leaving.agreed(plan.canonical())
+    leaves = leaving.agreed(plan.canonical()).model_copy(update={"packed": False})  # daemons pack; here are none
     nodes = dict(zip(plan.sites, _wait_for(grid, len(plan.sites)), strict=False))
     source = experiment.simulation.data.model_dump_json(by_alias=True)
     setup_s = time.monotonic() - began

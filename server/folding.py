@@ -1,14 +1,15 @@
 """What a round comes to: each answer checked whole and folded as it arrives, then the next state."""
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from fedtailor import tree
+from fedtailor import packing, tree
 from fedtailor.errors import ConfigError, WireError
-from fedtailor.leaving import Leaving
+from fedtailor.leaving import Leaving, Spec
 from fedtailor.server.rounds import Answer
 from fedtailor.strategy import Strategy
 from fedtailor.study import Buffer, Plan
@@ -104,7 +105,7 @@ def advance(plan: Plan, strategy: Strategy, load: Callable[[], Tree], closed: Cl
 
 
 def open_summand(answer: Answer, visit: Visit, leaves: Leaving) -> Tree:
-    """Check a received payload against what was agreed; its tensors stay mapped from disk, and its file is removed.
+    """Check a received payload against what was agreed, and remove its file; tensors not packed stay mapped from it.
 
     Raises:
         WireError: naming what is wrong.
@@ -116,11 +117,20 @@ def open_summand(answer: Answer, visit: Visit, leaves: Leaving) -> Tree:
     if answer.digest != report.summand_sha256:
         raise WireError("a payload that is not the one its report names", code="digest")
     try:
-        with safe_open(path, framework="pt") as file:
-            flat: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        flat = _unpacked(path, leaves.spec() if visit.train else {}) if leaves.packed else _mapped(path)
     except (SafetensorError, OSError) as error:
         raise WireError("a payload that is not safetensors", code="format") from error
     finally:
         path.unlink(missing_ok=True)
     leaves.check(flat, train=visit.train)
     return tree.unflatten(flat)
+
+
+def _unpacked(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
+    with path.open("rb") as file:
+        return packing.unpack(file, spec)
+
+
+def _mapped(path: Path) -> dict[str, torch.Tensor]:
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

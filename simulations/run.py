@@ -23,6 +23,7 @@ from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, priva
 from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
+from fedtailor.simulations.traffic import counting, received
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
@@ -77,18 +78,25 @@ def simulate(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
     stale: list[dict[str, Any]] = []
+
+    def turn(round: int) -> Plan:
+        return plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
+
+    def admitted(summands: Tree, first: int, round: int) -> Tensor | None:
+        return None if gate is None else gate._replace(plan=turn(round)).keep(summands, first, round)
+
+    keep, sent = counting(plan, strategy, start, admitted, lambda round: turn(round).sites)
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         began_round = time.monotonic()
-        turn = plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
-        at = torch.tensor([place for place, site in enumerate(plan.sites) if site in turn.sites], dtype=torch.long)
+        now = turn(round)
+        at = torch.tensor([place for place, site in enumerate(plan.sites) if site in now.sites], dtype=torch.long)
         if round % plan.evaluation.every == 0:
-            now = {site: data[site] for site in turn.sites}
-            history.append({"round": round, "sites": measured(recipe, strategy, state, now)})
-        if len(turn.sites) < plan.quorum:
-            raise RefusedError(f"round {round}: {len(turn.sites)} sites take part whose turn it is", code="quorum")
-        keep = _all if gate is None else gate._replace(plan=turn).keep
-        batches = batches_of(turn, data, round, like)
+            shown = {site: data[site] for site in now.sites}
+            history.append({"round": round, "sites": measured(recipe, strategy, state, shown)})
+        if len(now.sites) < plan.quorum:
+            raise RefusedError(f"round {round}: {len(now.sites)} sites take part whose turn it is", code="quorum")
+        batches = batches_of(now, data, round, like)
         given = (strategy, train, state, tree.at(memory, at), batches, live[at], counts[at], round)
         if plan.buffer is None:
             state, kept = simulate_round(*given, block=block, keep=keep)
@@ -98,7 +106,7 @@ def simulate(
         memory = tree.map(partial(_put, at), memory, kept)
         if (
             gate is not None
-            and len(turn.sites) - len({entry["site"] for entry in gate.dropped} & set(turn.sites)) < plan.quorum
+            and len(now.sites) - len({entry["site"] for entry in gate.dropped} & set(now.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
         round_s.append(time.monotonic() - began_round)
@@ -117,7 +125,7 @@ def simulate(
     alone = alone if gate is None else _left(gate, alone, data, -1)
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
-    spent = _epsilon(plan)
+    spent, cast = _epsilon(plan), received(plan, strategy, state)
     kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
     if own:
         kinds["personal"] = own
@@ -130,8 +138,8 @@ def simulate(
                 rows=data[site].rows,
                 metrics={kind: by_site.get(site, {}) for kind, by_site in kinds.items()},
                 epsilon=spent,
-                bytes_sent=0,
-                bytes_received=0,
+                bytes_sent=sent[site],
+                bytes_received=cast,
             )
             for site in plan.sites
         },
@@ -147,10 +155,6 @@ def simulate(
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
-
-
-def _all(summands: Tree, first: int, round: int) -> None:
-    """Every answer leaves."""
 
 
 def _put(at: Tensor, old: Tensor, new: Tensor) -> Tensor:

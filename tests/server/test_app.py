@@ -68,7 +68,7 @@ def test_the_descriptor_names_apps_that_are_there_and_nothing_to_install():
     assert [path.name for path in DESCRIPTOR.parent.iterdir() if path.name != "__pycache__"] == ["pyproject.toml"]
 
 
-@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold", "quantise"])
 def test_flowers_runtime_gives_the_simulators_parameters(tmp_path, strategy):
     experiment = load(["study=heart", "privacy=none", "rounds=3", f"strategy={strategy}"])
     result = run(LocalGrid(4), experiment, tmp_path)
