@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedtailor import seeds, tree
+from fedtailor import plugins, seeds, tree
 from fedtailor.config import readable
 from fedtailor.errors import ConfigError, RefusedError, WireError
 from fedtailor.leaving import METRIC_DIGITS, Leaving, agreed
@@ -44,7 +44,8 @@ def read(path: Path, sites: tuple[str, ...]) -> dict[str, Policy]:
 def judge(plan: Plan, policies: Mapping[str, Policy]) -> dict[str, list[Rule]]:
     """Each site's verdict on a plan. A site without a policy refuses everything, and so has no verdict here."""
     size = agreed(plan.canonical()).bytes
-    return {site: verdict(policies[site], plan, Case(site, [], size)) for site in plan.sites if site in policies}
+    codes = [plugin.code() for plugin in plugins.of(plan)]
+    return {site: verdict(policies[site], plan, Case(site, [], size, codes)) for site in plan.sites if site in policies}
 
 
 class Gate(NamedTuple):
