@@ -13,10 +13,11 @@ import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
-from importlib.machinery import ModuleSpec, PathFinder
+from importlib.machinery import ModuleSpec
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from pathlib import Path
+from pkgutil import get_importer
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -180,9 +181,10 @@ def _spec(parts: list[str]) -> list[ModuleSpec]:
         found = [find_spec(parts[0])]
     except ValueError:  # a module that was made by hand
         return []
-    for i in range(1, len(parts)):
+    for i in range(1, len(parts)):  # not find_spec: it imports the packages above
         above = found[-1].submodule_search_locations if found[-1] else None
-        found.append(PathFinder.find_spec(".".join(parts[: i + 1]), list(above)) if above else None)
+        finder = get_importer(list(above)[0]) if above else None
+        found.append(finder.find_spec(".".join(parts[: i + 1])) if finder else None)
     return [] if None in found else typing.cast(list[ModuleSpec], found)
 
 
