@@ -70,7 +70,7 @@ def test_every_release_is_a_line_of_its_own(tmp_path):
 
 def test_the_vocabulary_holds_every_word_that_a_site_refuses_with():
     """A word that is missing would reach the operator as "failed", and nobody would know why."""
-    kernel = ["policy", "proposal", "leaving", "config", "contract", "errors", "wire", "privacy/accounting"]
+    kernel = ["policy", "proposal", "leaving", "config", "contract", "errors", "wire", "plugins", "privacy/accounting"]
     package = Path(airlock.__file__).resolve().parents[1]
     files = [*(package / "client").glob("*.py"), *(package / "fedtailor" / f"{name}.py" for name in kernel)]
     files += [package / f"{name}.py" for name in kernel]
