@@ -43,9 +43,9 @@ def read(path: Path, sites: tuple[str, ...]) -> dict[str, Policy]:
 
 def judge(plan: Plan, policies: Mapping[str, Policy]) -> dict[str, list[Rule]]:
     """Each site's verdict on a plan. A site without a policy refuses everything, and so has no verdict here."""
-    size = agreed(plan.canonical()).bytes
-    codes = [plugin.code() for plugin in plugins.of(plan)]
-    return {site: verdict(policies[site], plan, Case(site, [], size, codes)) for site in plan.sites if site in policies}
+    leaves, codes = agreed(plan.canonical()), [plugin.code() for plugin in plugins.of(plan)]
+    known = [site for site in plan.sites if site in policies]
+    return {site: verdict(policies[site], plan, Case(site, [], leaves.bytes, leaves.models, codes)) for site in known}
 
 
 class Gate(NamedTuple):
