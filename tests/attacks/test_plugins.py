@@ -12,13 +12,14 @@ import pytest
 from turned import HUB, Site
 from ward import admitted, change
 
-from fedtailor import plugins
+from fedtailor import Strategy, plugins
 from fedtailor.client import plans
+from fedtailor.client.daemon import Daemon
 from fedtailor.client.desk import Desk
 from fedtailor.client.doctor import Site as Examined
 from fedtailor.client.doctor import examine, recipe_of
 from fedtailor.client.workshop import Workshop
-from fedtailor.config import load
+from fedtailor.config import build, load
 from fedtailor.errors import FedtailorError, RefusedError
 from fedtailor.inspection import sentences
 
@@ -186,6 +187,16 @@ def test_the_training_process_refuses_by_itself(site, folder, approved):
                 it.workshop.ask(**asked)
             assert error.value.code == "plugin"
     assert it.seen() == (False, approved)
+
+
+@pytest.mark.parametrize("approved", [False, True])
+def test_a_daemon_says_before_all_else_what_it_may_import(tmp_path, folder, approved):
+    home = admitted(tmp_path)
+    change(home, plugins={"plug": sha256()} if approved else {})
+    Daemon(home)
+    with contextlib.nullcontext() if approved else pytest.raises(RefusedError, match="does not approve plug 1.0"):
+        build(load([*OURS, "strategy=plug"]).plan.strategy, Strategy)
+    assert folder.imported == approved
 
 
 @pytest.mark.parametrize("approved", [False, True])
