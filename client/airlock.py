@@ -35,7 +35,7 @@ WORDS = frozenset(
     [f"airlock-{word}" for word in ANSWER]
     + """budget cast changed clip code cohort config confinement connection contract crashed delta dtype epsilon
     epsilon-per-study expired failed format head hours huge keys leaves ledger ledger-head memory metadata metrics noise nonfinite norm
-    oversized partners pending plan privacy promise receipt recipe refused replayed rolled-back roster round rounds seal
+    oversized partners pending plan plugin privacy promise receipt recipe refused replayed rolled-back roster round rounds seal
     settled shape signature split steps stopped store strategy study time unknown untrusted upload wire withdrawn
     worker""".split()
 )  # all that a site ever says of why it does not answer; a word of the training process's own could carry data

@@ -20,6 +20,7 @@ from fedtailor.errors import RefusedError
 from fedtailor.policy import Case, Rule, charge_of, metric_charge, open_now, refuse
 from fedtailor.policy import verdict as judged
 from fedtailor.privacy.accounting import Cap, Charge, epsilon
+from fedtailor.proposal import third_party
 from fedtailor.receipts import Head
 from fedtailor.seals import Private
 from fedtailor.study import Plan
@@ -195,8 +196,9 @@ class Visits:
 
     def verdict(self, known: Known, spent: list[Charge]) -> list[Rule]:
         proposal = known.proposal
-        leaves = proposal.leaves
-        return judged(self.config.policy, proposal.plan, Case(self.config.site, spent, leaves.bytes, leaves.models))
+        leaves, codes = proposal.leaves, third_party(proposal)
+        case = Case(self.config.site, spent, leaves.bytes, leaves.models, codes)
+        return judged(self.config.policy, proposal.plan, case)
 
     def spent_before(self, run: str, fingerprint: str) -> list[Charge]:
         """What other runs have charged to the data."""

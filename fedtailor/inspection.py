@@ -54,6 +54,9 @@ def sentences(shown: dict[str, Any]) -> list[str]:
         f"{shown['rounds']} rounds of {shown['steps']} training steps each; a round counts with {shown['quorum']} sites.",
         f"It trains {_factory(shown['recipe'])} and aggregates by {_factory(shown['strategy'])}.",
     ]
+    for rule in (rule for rule in shown["rules"] if rule["code"] == "plugin"):
+        approved = "this site's policy approves it" if rule["ok"] else "this site has NOT approved it"
+        lines.append(f"It runs THIRD-PARTY CODE, {rule['asked']}: {approved}.")
     if privacy is None:
         lines.append("WITHOUT differential privacy: what leaves may reveal single records.")
     elif privacy["unit"] == "site":

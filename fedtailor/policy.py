@@ -3,16 +3,17 @@
 There is no default policy: a site without one refuses everything. The coordinator can neither read nor loosen it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
 from fedtailor.errors import ConfigError, RefusedError
+from fedtailor.plugins import Code
 from fedtailor.privacy.accounting import MIN_NOISE, Charge, affordable, epsilon
 from fedtailor.privacy.site_accounting import epsilon_after
-from fedtailor.study import Frozen, Name, Plan, SitePrivacy
+from fedtailor.study import Digest, Frozen, Name, Plan, SitePrivacy
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64,512}$")]  # as `fedtailor client officer` prints it
 Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
@@ -48,6 +49,7 @@ class Policy(Frozen):
     without_privacy: bool = False  # whether a study without differential privacy may train here
     recipes: tuple[str, ...] | None = None  # by their last name, as in fedtailor.recipes.tabular; None: any installed
     strategies: tuple[str, ...] | None = None  # and each that one of them wraps
+    plugins: dict[Name, Digest] = {}  # third-party code that may run here, as `fedtailor plugins` prints it
     max_rounds: PositiveInt = 1000
     max_steps: PositiveInt = 10_000  # in one round
     minimum_cohort: PositiveInt = 1  # a round must count only with at least this many sites
@@ -92,6 +94,7 @@ class Case(NamedTuple):
     spent: Sequence[Charge]  # what other runs have charged to the data set
     answer_bytes: int  # of one answer, at most
     models: int = 1  # that an evaluation measures
+    plugins: Sequence[Code] = ()  # third-party code that the plan runs, as it is installed here
 
 
 def charge_of(plan: Plan) -> Charge | None:
@@ -128,6 +131,7 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     others = [site for site in plan.sites if site != case.site]
     rules = [
         _rule("roster", "this site is listed", case.site in plan.sites, ", ".join(plan.sites), case.site),
+        *judge_plugins(policy.plugins, case.plugins),
         _rule("study", "the study", plan.study in policy.studies, plan.study, ", ".join(policy.studies)),
         _among("recipe", "the recipe", plan.recipe.names()[:1], policy.recipes),
         _among("strategy", "the strategy", plan.strategy.names(), policy.strategies),
@@ -142,6 +146,25 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         ok = plan.norm is not None and plan.norm <= policy.greatest_norm
         rules.append(_rule("norm", "L2 norm of one answer", ok, asked, f"at most {policy.greatest_norm:g}"))
     return rules + (_without(policy, plan, case) if plan.record is None else _privacy(policy, plan, case))
+
+
+def judge_plugins(approved: Mapping[str, str], codes: Sequence[Code]) -> list[Rule]:
+    """A rule for each plug-in that a plan runs: the site has approved it, as it is now."""
+    rules = []
+    for code in codes:
+        known = approved.get(code.name)
+        if not code.sha256:
+            allowed = (
+                "what is installed and approved here: ask the operator for the package, then see fedtailor plugins"
+            )
+        elif known is None:
+            allowed = "what policy.plugins lists: read its code, then add the line that fedtailor plugins prints"
+        elif known != code.sha256:
+            allowed = f"sha256 {known}: it has changed since, so read it again and see fedtailor plugins"
+        else:
+            allowed = "as approved"
+        rules.append(_rule("plugin", "third-party code", bool(known) and known == code.sha256, str(code), allowed))
+    return rules
 
 
 def _without(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
