@@ -116,8 +116,8 @@ def stock(parameters: int, replies: int) -> int:
         arrays = ArrayRecord({str(i): Array(layer) for i in range(LAYERS)})  # each holds bytes of its own
         content = RecordDict({"arrays": arrays, "metrics": MetricRecord({"num-examples": 10})})
         messages.append(make_message(Metadata(1, "", k + 1, 1, f"question {k}", "", 1.0, 60.0, "train"), content))
-    arrays, _ = FedAvg().aggregate_train(1, messages)
-    assert arrays is not None and len(arrays) == LAYERS
+    mean, _ = FedAvg().aggregate_train(1, messages)
+    assert mean is not None and len(mean) == LAYERS
     return memory("VmHWM") - idle
 
 
