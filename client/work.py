@@ -60,14 +60,16 @@ def perform(
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
                     summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
     update: dict[str, object] = {}
+    if not memory and strategy.remember(expected["params"]):
+        memory = strategy.remember(recipes.initial(recipe, plan.seed))
     if visit.evaluate:
         update["metrics"] = recipes.evaluate(recipe, model_in(cast), data.test, minimum)
+        if strategy.personal is not None:
+            update["personal"] = recipes.evaluate(recipe, strategy.personal(cast, memory), data.test, minimum)
     if visit.baseline:
         update["baseline"] = recipes.evaluate(recipe, train_alone(recipe, data.train, plan, site), data.test, minimum)
     summand: Tree = {}
     if visit.train:
-        if not memory and strategy.remember(expected["params"]):
-            memory = strategy.remember(recipes.initial(recipe, plan.seed))
         if plan.privacy is None:
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
             batches = pack(data.train, mask, plan.local.rate) | {"seed": choices(plan, visit.round, site)}

@@ -28,8 +28,23 @@ NO_LOSS = (
 
 def plain(losses: Losses) -> Gradient:
     """The gradient of the batch's loss, without any privacy."""
+    return torch.func.grad(partial(mean_loss, together(losses)))
 
-    return torch.func.grad(partial(mean_loss, losses))
+
+def together(losses: Losses) -> Losses:
+    """``losses`` of several models at once: each example's loss is the sum of its losses under each.
+
+    So each model's gradient is its own, and one clipping bounds what an example does to all of them together.
+
+    Shapes:
+        params: the parameters of one model, or those of several, by name.
+    """
+
+    def fn(params: Tree, x: Tensor, y: Tensor) -> Tensor:
+        several = [one for one in params.values() if isinstance(one, dict)]
+        return torch.stack([losses(one, x, y) for one in several]).sum(0) if several else losses(params, x, y)
+
+    return fn
 
 
 def mean_loss(losses: Losses, params: Tree, batch: Tree) -> Tensor:
@@ -51,8 +66,10 @@ def clipped(losses: Losses, clip: float) -> Gradient:
         batch: as above, and ``noise``, a tree like the parameters, already scaled to ``clip * z``.
     """
 
+    every = together(losses)
+
     def one(params: Tree, x: Tensor, y: Tensor) -> Tree:
-        example = torch.func.grad(lambda p: losses(p, x[None], y[None])[0])(params)
+        example = torch.func.grad(lambda p: every(p, x[None], y[None])[0])(params)
         return tree.clip(example, clip)
 
     def gradient(params: Tree, batch: Tree) -> Tree:
@@ -84,9 +101,9 @@ def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losse
         raise ConfigError(NO_LOSS)
 
     def train(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
-        params, loss = cast["params"], None
+        params, loss = strategy.start(cast, memory), None
         if strategy.needs_loss and losses is not None:
-            each = [mean_loss(losses, params, tree.at(batches, step)) for step in range(len(live))]
+            each = [mean_loss(losses, cast["params"], tree.at(batches, step)) for step in range(len(live))]
             loss = (torch.stack(each) * live).sum() / live.sum()
         for step, alive in enumerate(live.unbind()):
             grads = strategy.correct(gradient(params, tree.at(batches, step)), params, cast, memory)

@@ -17,7 +17,7 @@ from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Dataset, Metrics, Recipe
-from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
@@ -63,6 +63,7 @@ def simulate(
     train = local_train(gradient, strategy, plan.local.lr, losses if plan.privacy is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
+    like = strategy.start(strategy.broadcast(state), strategy.remember(start))
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
     live = torch.ones(len(plan.sites), plan.local.steps)
     history: list[dict[str, Any]] = []
@@ -72,7 +73,7 @@ def simulate(
         clock = time.monotonic()
         if round % plan.evaluation.every == 0:
             history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
-        batches = batches_of(plan, data, round, start)
+        batches = batches_of(plan, data, round, like)
         state, memory = simulate_round(
             strategy, train, state, memory, batches, live, counts, round, block=block, keep=keep
         )
@@ -85,7 +86,9 @@ def simulate(
         on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
     history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
     alone: dict[str, Metrics] = {}
+    own = personal(recipe, strategy, state, memory, data)
     if gate is not None:
+        own = _left(gate, own, data, -2)
         for past in history:
             past["sites"] = _left(gate, past["sites"], data, past["round"])
     if plan.evaluation.baseline:
@@ -96,6 +99,9 @@ def simulate(
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
     spent = _epsilon(plan)
+    kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
+    if own:
+        kinds["personal"] = own
     result = Result(
         study=plan.study,
         strategy=plan.strategy.target.rpartition(".")[2],
@@ -103,14 +109,14 @@ def simulate(
         sites={
             site: SiteResult(
                 rows=data[site].rows,
-                metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"].get(site, {})},
+                metrics={kind: by_site.get(site, {}) for kind, by_site in kinds.items()},
                 epsilon=spent,
                 bytes_sent=0,
                 bytes_received=0,
             )
             for site in plan.sites
         },
-        metrics={"local_only": weighted(alone, rows), "federated": weighted(history[-1]["sites"], rows)},
+        metrics={kind: weighted(by_site, rows) for kind, by_site in kinds.items()},
         privacy=None if plan.privacy is None or spent is None else privacy_result(plan.privacy, spent),
         timing=Timing(wall_s=time.monotonic() - began, setup_s=setup_s, round_s=round_s),
         transport=None,
@@ -143,8 +149,12 @@ def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> d
     return found
 
 
-def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Params) -> Tree:
-    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest."""
+def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, like: Tree) -> Tree:
+    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest.
+
+    Args:
+        like: what is trained, for the shapes of its noise.
+    """
     masks = {site: draw(plan.local, len(data[site].train.y), plan.seed, round, site) for site in plan.sites}
     width = max(1, max(int(mask.sum(1).max()) for mask in masks.values()))
     packed = [
@@ -154,21 +164,32 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Param
     if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
         std = plan.privacy.noise_multiplier * plan.privacy.clip
         for site, batch in zip(plan.sites, packed, strict=True):
-            steps = [_noise(start, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
+            steps = [_noise(like, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
             batch["noise"] = tree.stack(steps)
     return tree.stack(packed)
 
 
-def _noise(like: Params, std: float, seed: int, round: int, site: str, step: int) -> dict[str, Tensor]:
+def _noise(like: Tree, std: float, seed: int, round: int, site: str, step: int) -> Tree:
     """Seeded noise, for simulations only."""
     rng = seeds.generator(seed, "noise", round, site, step)
-    return {name: std * torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in like.items()}
+    return tree.map(lambda p: std * torch.randn(p.shape, generator=rng, dtype=p.dtype), like)
 
 
 def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
     """The current model's metrics at every site."""
     params = model_in(strategy.broadcast(state))
     return {site: recipes.evaluate(recipe, params, one.test) for site, one in data.items()}
+
+
+def personal(
+    recipe: Recipe, strategy: Strategy, state: Tree, memory: Tree, data: Mapping[str, Dataset]
+) -> dict[str, Metrics]:
+    """The metrics of each site's own model; empty where the strategy gives it none."""
+    if strategy.personal is None:
+        return {}
+    cast = strategy.broadcast(state)
+    own = {site: strategy.personal(cast, tree.at(memory, k)) for k, site in enumerate(data)}
+    return {site: recipes.evaluate(recipe, own[site], one.test) for site, one in data.items()}
 
 
 def _epsilon(plan: Plan) -> float | None:
