@@ -31,8 +31,9 @@ from safetensors.torch import save
 from fedtailor import strategies, wire
 from fedtailor.leaving import Leaving, Tensor, size_limit
 from fedtailor.server.coordinator import give_memory_back
+from fedtailor.server.folding import close_round
 from fedtailor.server.listener import Bell
-from fedtailor.server.rounds import answers, close_round
+from fedtailor.server.rounds import answers
 from fedtailor.server.superlink import Node, Reply
 from fedtailor.wire import Report, Visit
 
@@ -99,7 +100,7 @@ def fold(folder: Path, root: str, parameters: int, replies: int) -> int:
     with tempfile.TemporaryDirectory(dir=folder.parent) as spool:
         idle = memory("VmRSS")
         stream = answers(
-            link, 1, link.push, tuple(link.known), deadline_s=36000, limit=leaves.bytes, spool=Path(spool),
+            link, 1, link.push, tuple(link.known), VISIT, deadline_s=36000, limit=leaves.bytes, spool=Path(spool),
             tick=lambda: None, bell=Bell(), stop=threading.Event(),
         )  # fmt: skip
         closed = close_round(strategies.fedavg(), VISIT, leaves, stream, lambda answer: None)

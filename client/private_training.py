@@ -1,6 +1,7 @@
 """Record-level DP-SGD at a site: Poisson samples, Opacus' per-example clipping, noise that cannot be guessed."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from opacus.grad_sample import GradSampleModule
@@ -44,6 +45,7 @@ def private_train(
     *,
     max_physical_batch: int = 256,
     seed: Tensor | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> tuple[Tree, Tree]:
     """One round of DP-SGD from ``cast["params"]``: the same as ``local_train(clipped(...))``, for real data.
 
@@ -60,6 +62,8 @@ def private_train(
         noise_multiplier: 0 is for tests of sensitivity; no charge can be made for less than 0.4.
         max_physical_batch: examples whose gradients are held in memory at once; it does not change the result.
         seed: a public number for the strategy's own random choices.
+        over: asked before every step but the first, whether the time is over. Fewer steps cost what all would: the
+            clock is not what the guarantee is about, and a round that is repeated may stop elsewhere.
 
     Raises:
         ConfigError: if the plan has no record-level privacy, ``cast`` does not fit the recipe's model, or the strategy
@@ -83,15 +87,17 @@ def private_train(
             max_grad_norm=plan.privacy.clip,
             rng=rng,
         )
-        for _ in range(plan.local.steps):
+        steps = 0
+        while steps < plan.local.steps and not (steps and over()):
+            steps += 1
             mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
             _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
             grads = _release(module, plan.local.rate * len(part.y), optimizer)
             grads = strategy.correct(grads, params, cast, memory)
             params = tree.map(lambda p, g: p - plan.local.lr * g, params, grads)
             _load(module, params)
-    count, steps = torch.tensor(float(len(part.y))), torch.tensor(float(plan.local.steps))
-    return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr, seed))
+    count, taken = torch.tensor(float(len(part.y))), torch.tensor(float(steps))
+    return strategy.report(Local(cast, memory, params, count, taken, plan.local.lr, seed))
 
 
 class _Together(nn.Module):

@@ -22,6 +22,7 @@ def document(proposal: Proposal, rules: list[Rule]) -> dict[str, Any]:
         "quorum": plan.quorum,
         "rounds": plan.rounds,
         "steps": plan.local.steps,
+        "buffer": plan.buffer.model_dump() if plan.buffer else None,
         "privacy": privacy.model_dump() if privacy else None,
         "leaves": {
             "tensors": [one.model_dump() for one in leaves.tensors],
@@ -62,6 +63,11 @@ def sentences(shown: dict[str, Any]) -> list[str]:
     names = ", ".join(f"{one['name']} {one['shape']}" for one in leaves["tensors"][:6])
     more = f" and {len(leaves['tensors']) - 6} more" if len(leaves["tensors"]) > 6 else ""
     measured = "the shared model's and your own" if leaves["models"] == 2 else "the shared model's"
+    if shown["buffer"] is not None:
+        lines.append(
+            f"A round closes on {shown['buffer']['answers']} answers, a quorum of them to its own model; a late one counts "
+            "less, in a later round."
+        )
     norm = f"an L2 norm of at most {leaves['norm']:g}" if leaves["norm"] else "no bound on their norm"
     lines += [
         f"Each round these tensors leave, with {norm}, in at most {leaves['bytes']:,} bytes: {names}{more}.",

@@ -80,7 +80,13 @@ def clipped(losses: Losses, clip: float) -> Gradient:
     return gradient
 
 
-def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losses | None = None) -> Train:
+def local_train(
+    gradient: Gradient,
+    strategy: Strategy,
+    lr: float,
+    losses: Losses | None = None,
+    over: Callable[[], bool] = lambda: False,
+) -> Train:
     """Build ``train(cast, memory, batches, live, num_examples) -> (summand, memory)``: plain local SGD.
 
     Args:
@@ -89,6 +95,7 @@ def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losse
         lr: the client's learning rate.
         losses: for a strategy that needs each client's loss: it is measured at the cast parameters, on the examples of
             this round's steps. None where training is private, because no guarantee covers that figure.
+        over: asked before every step but the first, whether the client's time is over; it reports the steps it took.
 
     Shapes:
         batches: leaves ``[S, ...]`` for S local steps, among them ``seed``, if a strategy makes random choices; live:
@@ -106,6 +113,9 @@ def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losse
             each = [mean_loss(losses, cast["params"], tree.at(batches, step)) for step in range(len(live))]
             loss = (torch.stack(each) * live).sum() / live.sum()
         for step, alive in enumerate(live.unbind()):
+            if step and over():
+                live = live[:step]
+                break
             grads = strategy.correct(gradient(params, tree.at(batches, step)), params, cast, memory)
             params = tree.map(lambda p, g, rate=lr * alive: p - rate * g, params, grads)
         seed = batches["seed"][0] if "seed" in batches else None

@@ -15,7 +15,7 @@ from fedtailor.result import (
     versions,
     weighted,
 )
-from fedtailor.server.rounds import Closed
+from fedtailor.server.folding import Closed
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
 
@@ -45,7 +45,8 @@ def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: f
         site |= {which: metrics for which, metrics in measured.items() if metrics is not None}
     for name, size in closed.sent.items():
         sites.setdefault(name, {"bytes_sent": 0, "bytes_received": 0})["bytes_received"] += size
-    metrics = {name: report.metrics for name, report in sorted(closed.reports.items()) if report.metrics is not None}
+    reports = sorted(closed.reports.items())
+    metrics = {name: one.metrics for name, one in reports if one.metrics is not None and one.round == round}
     history = [*progress.history, {"round": round, "sites": metrics}] if metrics else progress.history
     dropped = [{"round": round, "site": site, "code": code} for site, code in sorted(closed.dropped.items())]
     work = max((report.seconds for report in closed.reports.values()), default=0.0)

@@ -18,6 +18,7 @@ from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
@@ -35,6 +36,7 @@ def simulate(
     *,
     block: int = 64,
     policies: Mapping[str, Policy] | None = None,
+    step_s: Mapping[str, float] | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> tuple[Result, Params]:
     """Run ``plan`` with one client a site.
@@ -45,6 +47,8 @@ def simulate(
     Args:
         policies: each site's rules; None: nobody asks them. With rules, what they refuse does not take part, and what
             leaves passes the same list as in a deployment.
+        step_s: virtual seconds of a local step, by site, 1 where nothing is said: for plans whose rounds do not wait for
+            everybody, or give a site only so much time.
 
     Raises:
         RefusedError: if the rules leave fewer sites than the quorum.
@@ -65,24 +69,30 @@ def simulate(
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     like = strategy.start(strategy.broadcast(state), strategy.remember(start))
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
-    live = torch.ones(len(plan.sites), plan.local.steps)
+    speeds = torch.tensor([(step_s or {}).get(site, 1.0) for site in plan.sites])
+    taken, clock = steps_within(plan, speeds), Clock(0.0)
+    live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
+    stale: list[dict[str, Any]] = []
     keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
-        clock = time.monotonic()
+        began_round = time.monotonic()
         if round % plan.evaluation.every == 0:
             history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
         batches = batches_of(plan, data, round, like)
-        state, memory = simulate_round(
-            strategy, train, state, memory, batches, live, counts, round, block=block, keep=keep
-        )
+        given = (strategy, train, state, memory, batches, live, counts, round)
+        if plan.buffer is None:
+            state, memory = simulate_round(*given, block=block, keep=keep)
+        else:
+            state, memory, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
+            stale += old
         if (
             gate is not None
             and len(plan.sites) - len({entry["site"] for entry in gate.dropped} & set(plan.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
-        round_s.append(time.monotonic() - clock)
+        round_s.append(time.monotonic() - began_round)
         on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
     history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
     alone: dict[str, Metrics] = {}
@@ -124,7 +134,7 @@ def simulate(
         seed=plan.seed,
         model=model_file(params),
         versions=versions(),
-        dropped=[] if gate is None else gate.dropped,
+        dropped=stale + ([] if gate is None else gate.dropped),
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params

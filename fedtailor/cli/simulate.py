@@ -40,7 +40,9 @@ def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -
             if event.get("kind") == "round":
                 progress.update(task, completed=event["round"])
 
-        result, params = run_study(plan, sources, block=simulation.block, policies=rules, on_event=on_event)
+        result, params = run_study(
+            plan, sources, block=simulation.block, policies=rules, step_s=simulation.step_s, on_event=on_event
+        )
     folder = out or Path("outputs") / "simulate" / plan.study
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
     write_run(folder, result=result, plan=plan, params=params, config_yaml=config)
