@@ -26,12 +26,12 @@ from fedtailor.strategy import model_in
 from fedtailor.training import Train, local_train, mean_loss
 from fedtailor.tree import Params, Tree
 
-CLIENTS, BATCH, LR, EVERY = 10, 64, 0.1, 5
-ARMS: dict[str, Strategy] = {
-    "fedavg": strategies.fedavg(),
-    "scaffold": strategies.scaffold(population=CLIENTS),
-    "fedprox": strategies.fedprox(mu=0.01),
-    "fednova": strategies.fednova(),
+CLIENTS, BATCH, EVERY = 10, 64, 5
+ARMS: dict[str, tuple[Strategy, float]] = {  # and the clients' rate
+    "fedavg": (strategies.fedavg(), 0.1),
+    "scaffold": (strategies.scaffold(population=CLIENTS), 0.05),
+    "fedprox": (strategies.fedprox(mu=0.01), 0.1),
+    "fednova": (strategies.fednova(), 0.1),
 }
 PUBLISHED = {  # best accuracy, https://github.com/adap/flower/tree/main/baselines/niid_bench
     "Dirichlet(0.5)": {"fedavg": 98.89, "scaffold": 99.07, "fedprox": 99.02, "fednova": 98.03},
@@ -81,9 +81,9 @@ def visit(
     return train(cast, memory, batches, torch.ones(steps), torch.tensor(float(len(rows))))
 
 
-def accuracies(world: World, strategy: Strategy, rounds: int, times: float, seed: int) -> list[float]:
+def accuracies(world: World, strategy: Strategy, rate: float, rounds: int, times: float, seed: int) -> list[float]:
     """Test accuracy in percent, every ``EVERY`` rounds and after the last."""
-    params, train = start(seed), local_train(gradient, strategy, LR)
+    params, train = start(seed), local_train(gradient, strategy, rate)
     state = strategy.init(params)
     memories, found = [strategy.remember(params) for _ in world.clients], list[float]()
     with torch.no_grad():
@@ -110,8 +110,8 @@ def measure(rounds: int, times: float, images: int, seed: int) -> dict[str, dict
     }
     found: dict[str, dict[str, list[float]]] = {part: {} for part in parts}
     for part, rows in parts.items():
-        for name, strategy in ARMS.items():
-            found[part][name] = accuracies(World(*data, rows), strategy, rounds, times, seed)
+        for name, (strategy, rate) in ARMS.items():
+            found[part][name] = accuracies(World(*data, rows), strategy, rate, rounds, times, seed)
             print(
                 f"{part}, {name}: {max(found[part][name]):.2f}, {found[part][name][-1]:.2f}",
                 file=sys.stderr,
