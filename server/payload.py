@@ -36,11 +36,15 @@ class Payload(Mapping[str, Tensor]):
 
 
 def fold(reduce: Reduce, acc: Tree | None, summand: Mapping[str, Tensor]) -> Tree:
-    """``acc`` and one more reply, both by path. A sum takes it tensor by tensor; what is not a sum keeps all of it."""
+    """``acc`` and one more reply. A sum takes it tensor by tensor, and is by path until it is :func:`whole`."""
     if not reduce.is_sum:
-        whole = tree.unflatten(dict(summand))
-        return tree.flatten(reduce.add(acc and tree.unflatten(acc), tree.at(whole, None)))
+        return reduce.add(acc, tree.at(tree.unflatten(dict(summand)), None))
     out: Tree = {}
     for path in summand:
         out |= reduce.add(acc and {path: acc[path]}, {path: summand[path][None]})
     return out
+
+
+def whole(reduce: Reduce, acc: Tree | None) -> Tree | None:
+    """What :func:`fold` made of a round's replies, as the reduction's own ``done`` takes it."""
+    return tree.unflatten(acc) if acc and reduce.is_sum else acc
