@@ -4,6 +4,7 @@ It follows from a plan without making the model. Both ends compare an answer wit
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -52,7 +53,7 @@ class Leaving(Frozen):
         """The tensors as they are compared."""
         return {one.name: (getattr(torch, one.dtype), one.shape) for one in self.tensors}
 
-    def check(self, flat: dict[str, torch.Tensor], *, train: bool) -> None:
+    def check(self, flat: Mapping[str, torch.Tensor], *, train: bool) -> None:
         """Compare an answer's tensors with the list; a visit that does not train brings none.
 
         Raises:
@@ -123,7 +124,7 @@ def summand(plan: Plan, strategy: Strategy, params: Tree) -> Tree:
     return map(lambda x: x.new_zeros(()).expand(x.shape), report)  # shapes only: no memory
 
 
-def check(flat: dict[str, torch.Tensor], spec: Spec) -> None:
+def check(flat: Mapping[str, torch.Tensor], spec: Spec) -> None:
     """Compare a received tree with what was agreed: same keys, dtypes and shapes, every value finite.
 
     Raises:
@@ -159,7 +160,7 @@ def size_limit(spec: Spec) -> int:
     return tensors + 4096 + 512 * len(spec)
 
 
-def length(flat: dict[str, torch.Tensor]) -> float:
+def length(flat: Mapping[str, torch.Tensor]) -> float:
     """The L2 norm over all tensors together, in pieces: never a second copy of a tensor."""
     pieces = (piece for leaf in flat.values() for piece in torch.split(leaf.reshape(-1), PIECE))
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))
