@@ -8,22 +8,33 @@ from torch import Tensor
 from fedtailor import tree
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
+from fedtailor.simulations import gradients
+from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import Many
-from fedtailor.simulations.feed import NOTHING, Feed
-from fedtailor.simulations.folded import Folded, Layer, folded
-from fedtailor.strategy import Local, Strategy
+from fedtailor.simulations.feed import NOTHING, Feed, Rooms
+from fedtailor.simulations.folded import folded
+from fedtailor.simulations.layers import beside
+from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS
-from fedtailor.tree import Params, Tree
+from fedtailor.tree import Tree
 
 
 def block_train(
-    recipe: Recipe, strategy: Strategy, lr: float, clip: float | None = None, *, feed: Feed = NOTHING
+    recipe: Recipe,
+    strategy: Strategy,
+    lr: float,
+    clip: float | None = None,
+    *,
+    feed: Feed = NOTHING,
+    together: bool = False,
 ) -> Many:
     """Build what ``vmapped(local_train(...))`` is, for a recipe whose model's layers all have a batched form.
 
     Args:
-        clip: the bound of each example's gradient, with ``batches["noise"]``; None: plain gradients.
+        clip: the bound of each example's gradient, with ``batches["noise"]``, if there is any; None: plain gradients.
         feed: where batches that name rows and seeds get examples and noise from.
+        together: where the strategy adds up weighted changes, give the block's sum as one summand ``[1, ...]``: for who
+            asks for no client's own. It is less work, much less where linear layers are large.
 
     Raises:
         NotBatchable: if a layer has no batched form; also by the result, if the model changes an activation in place.
@@ -33,55 +44,63 @@ def block_train(
         raise ConfigError(NO_LOSS)
     model = folded(recipe)
     corrects = strategy.correct is not Strategy._field_defaults["correct"]
+    weighted = strategy.report if isinstance(strategy.report, WeightedChange) and strategy.reduce.is_sum else None
+    weighted = weighted if together else None
+
+    rooms: Rooms = {}
 
     def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
         clients, steps = live.shape
-        seed = batches["seed"][:, 0] if "seed" in batches else None
-        model.tape.seed, model.tape.draws = seed, 0
-        params: Params = tree.at(cast["params"], None)
-        known = {"memory": memory, "count": num_examples, "steps": live.sum(1)}
-        if seed is not None:
-            known["seed"] = seed
+        known: Tree = {"memory": memory, "num_examples": num_examples, "num_steps": live.sum(1)}
+        if "seed" in batches:
+            known["seed"] = batches["seed"][:, 0]
+        model.tape.seed, model.tape.draws = known.get("seed"), 0
+        noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
+        thin = weighted is not None and not corrects and not noisy  # noise has no low rank
+        descent = Descent(tree.at(cast["params"], None), steps, thin, rooms)
         if strategy.needs_loss:
-            each = [_mean_losses(recipe, model, params, feed.step(batches, step)) for step in range(steps)]
+            each = [
+                gradients.mean_losses(recipe, model, descent.params, feed.step(batches, step, rooms))
+                for step in range(steps)
+            ]
             known["loss"] = (torch.stack(each, 1) * live).sum(1) / live.sum(1)
-        correct = _over_clients(lambda g, p, m: strategy.correct(g, p, cast, m), clients)
+        correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         for step in range(steps):
-            batch = feed.step(batches, step)
-            grads = (
-                _plain(recipe, model, params, batch) if clip is None else _clipped(recipe, model, params, batch, clip)
-            )
+            batch, rate = feed.step(batches, step, rooms), lr * live[:, step]
+            at = recipe, model, descent.params, batch
+            parts = gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
+            noise = batch["noise"] if noisy else {}
             if corrects:
-                grads = correct(grads, _expanded(params, clients), memory)
-            params = tree.map(lambda p, g, rate=lr * live[:, step]: p - _beside(rate, g) * g, params, grads)
-
-        def report(known: Tree) -> Tree:
-            local = Local(
-                cast,
-                known["memory"],
-                known["params"],
-                known["count"],
-                known["steps"],
-                lr,
-                known.get("seed"),
-                known.get("loss"),
-            )
-            summand, kept = strategy.report(local)
-            return {"summand": summand, "memory": kept}
-
-        found = _over_clients(report, clients)(known | {"params": _expanded(params, clients)})
+                grads = gradients.whole(descent.params, parts, clients)
+                grads |= {n: torch.addcmul(grads[n], beside(batch["scale"], x), x) for n, x in noise.items()}
+                descent.move(correct(grads, descent.explicit(clients), memory), rate)
+            else:
+                descent.step(parts, rate)
+                descent.move(noise, rate * batch["scale"])
+        if weighted is not None:
+            number, others = _weigh(weighted, cast, known, clients, lr)
+            return {"delta": descent.total(number, cast["params"])} | tree.map(lambda x: x.sum(0)[None], others), memory
+        ended = known | {"params": descent.explicit(clients)}
+        found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
         return found["summand"], found["memory"]
 
     return many
 
 
-def _beside(scale: Tensor, like: Tensor) -> Tensor:
-    """``[K]`` as ``[K, 1, ...]``."""
-    return scale.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+def _reported(strategy: Strategy, local: Local) -> Tree:
+    summand, memory = strategy.report(local)
+    return {"summand": summand, "memory": memory}
 
 
-def _expanded(params: Params, clients: int) -> Params:
-    return {name: p.expand(clients, *p.shape[1:]) for name, p in params.items()}
+def _weigh(weighted: WeightedChange, cast: Tree, known: Tree, clients: int, lr: float) -> tuple[Tensor, Tree]:
+    """Each client's number ``[K]``, and what is beside it."""
+
+    def weigh(known: Tree) -> Tree:
+        number, others = weighted.weigh(Local(cast=cast, params={}, lr=lr, **known))
+        return {"number": number, "others": others}
+
+    found = _over_clients(weigh, clients)(known)
+    return found["number"], found["others"]
 
 
 def _over_clients(fn: Callable[..., Tree], clients: int) -> Callable[..., Tree]:
@@ -89,98 +108,3 @@ def _over_clients(fn: Callable[..., Tree], clients: int) -> Callable[..., Tree]:
     if clients > 1:
         return torch.func.vmap(fn)
     return lambda *trees: tree.at(fn(*(tree.at(each, 0) for each in trees)), None)
-
-
-def _losses(recipe: Recipe, model: Folded, params: Params, batch: Tree) -> Tensor:
-    """``[K * B]``."""
-    x, y = batch["x"], batch["y"]
-    each: Tensor = recipe.losses(model.run(params, x.flatten(0, 1), len(x)), y.flatten(0, 1))
-    return each
-
-
-def _mean_losses(recipe: Recipe, model: Folded, params: Params, batch: Tree) -> Tensor:
-    """Each client's loss ``[K]``, as :func:`fedtailor.training.mean_loss` has it."""
-    with torch.no_grad():
-        each = _losses(recipe, model, params, batch).view(batch["live"].shape)
-    total: Tensor = (each * batch["live"]).sum(1) * batch["scale"]
-    return total
-
-
-def _plain(recipe: Recipe, model: Folded, params: Params, batch: Tree) -> Params:
-    """What :func:`fedtailor.training.plain` makes of each client: leaves ``[K, ...]``."""
-    weights = (batch["live"] * batch["scale"][:, None]).flatten()
-    clients = len(batch["live"])
-    uses = _uses(model, _losses(recipe, model, params, batch), weights)
-    return _ordered(params, [layer.named(_summed(layer, use, clients)) for layer, use in uses])
-
-
-def _clipped(recipe: Recipe, model: Folded, params: Params, batch: Tree, clip: float) -> Params:
-    """What :func:`fedtailor.training.clipped` makes of each client: leaves ``[K, ...]``.
-
-    One backward pass: an example's gradient is the product of what a layer was given and the gradient of what it made,
-    so that the latter, scaled, gives the sum of clipped gradients.
-    """
-    clients, examples = batch["live"].shape
-    uses = _uses(model, _losses(recipe, model, params, batch), None)
-    made: dict[str, Params] = {}  # gradients of every example, of those layers where they are cheaper
-    squares = torch.zeros(clients * examples, dtype=torch.double, device=batch["live"].device)
-    for layer, use in uses:
-        found = layer.kind.squares(layer.module, *use[0]) if len(use) == 1 else None
-        if found is None:
-            made[layer.name] = _summed(layer, use, clients * examples)
-            lengths = [
-                torch.linalg.vector_norm(g.flatten(1), dim=1, dtype=torch.double) for g in made[layer.name].values()
-            ]
-            found = torch.stack(lengths).square().sum(0)
-        squares += found
-    counts = squares.isfinite()  # as in tree.clip: what is not finite is nothing
-    scale = torch.where(counts, (clip / (squares.clamp(min=0).sqrt() + 1e-12)).clamp(max=1.0), 0.0)
-    scale = scale * batch["live"].flatten()
-    gone = None if bool(counts.all()) else ~counts
-    total = []
-    for layer, use in uses:
-        if layer.name in made:
-            each = {name: _without(g, gone).view(clients, examples, -1) for name, g in made[layer.name].items()}
-            own = {name: torch.bmm(scale.to(g.dtype).view(clients, 1, examples), g) for name, g in each.items()}
-            own = {name: g.view(clients, *made[layer.name][name].shape[1:]) for name, g in own.items()}
-        else:
-            scaled = [(_without(given, gone), _without(delta, gone) * _beside(scale, delta)) for given, delta in use]
-            own = _summed(layer, scaled, clients)
-        total.append(layer.named(own))
-    sums = _ordered(params, total)
-    return tree.map(lambda g, n: (g + n) * _beside(batch["scale"], g), sums, batch["noise"])
-
-
-Uses = list[tuple[Tensor, Tensor]]  # of one layer: what it was given, and the gradient of what it made
-
-
-def _uses(model: Folded, losses: Tensor, weights: Tensor | None) -> list[tuple[Layer, Uses]]:
-    """Every layer's uses in the last run, with gradients of the sum of ``losses``, weighted if there are weights."""
-    weights = torch.ones_like(losses) if weights is None else weights.to(losses.dtype)
-    calls = model.tape.calls
-    deltas = torch.autograd.grad(losses, [call.output for call in calls], weights, allow_unused=True)
-    found: dict[str, Uses] = {layer.name: [] for layer in model.layers}
-    for call, delta in zip(calls, deltas, strict=True):
-        if delta is not None:
-            found[call.layer.name].append((call.given, delta))
-    return [(layer, found[layer.name]) for layer in model.layers if found[layer.name]]
-
-
-def _summed(layer: Layer, uses: Uses, clients: int) -> Params:
-    first, *rest = (layer.kind.gradient(layer.module, given, delta, clients) for given, delta in uses)
-    for more in rest:
-        first = tree.map(torch.add, first, more)
-    return first
-
-
-def _ordered(params: Params, parts: list[Params]) -> Params:
-    """The gradients in the parameters' order; a layer that was not used has none, and so zero."""
-    found = {name: g for part in parts for name, g in part.items()}
-    return {name: found[name] if name in found else torch.zeros_like(p) for name, p in params.items()}
-
-
-def _without(x: Tensor, gone: Tensor | None) -> Tensor:
-    """``x [K * B, ...]`` with some examples' rows zero: nought times NaN is NaN."""
-    if gone is None or not x.is_floating_point():
-        return x
-    return x.masked_fill(gone.view(-1, *[1] * (x.dim() - 1)), 0.0)

@@ -13,29 +13,45 @@ from fedtailor.tree import Params, Tree
 Noise = Callable[[Tensor], Tree]  # seeds [K] -> noise, leaves [K, ...]
 
 
+Rooms = dict[str, Tensor]
+
+
+def room(rooms: Rooms, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Memory that outlives its use, because to ask the system for it anew takes longer than the use. Not cleared."""
+    if name not in rooms or rooms[name].shape != shape or rooms[name].dtype != like.dtype:
+        rooms[name] = like.new_empty(shape)
+    return rooms[name]
+
+
 class Feed(NamedTuple):
     """Where batches that name their examples and their noise get them from."""
 
     data: Part | None = None  # the rows that ``batches["rows"] [K, S, B]`` are numbers of
     noise: Noise | None = None  # made of ``batches["noise_seed"] [K, S]``
 
-    def step(self, batches: Tree, step: int) -> Tree:
-        """One step's batch, spelt out: leaves ``[K, ...]``."""
+    def step(self, batches: Tree, step: int, rooms: Rooms) -> Tree:
+        """One step's batch, spelt out: leaves ``[K, ...]``. The examples are overwritten by the next one's."""
         batch: Tree = tree.map(lambda x: x[:, step], batches)
         if self.data is not None and "rows" in batch:
             rows = batch.pop("rows")
-            batch |= {"x": self.data.x[rows], "y": self.data.y[rows]}
+            batch["y"] = self.data.y.index_select(0, rows.flatten()).view(*rows.shape, *self.data.y.shape[1:])
+            flat = room(rooms, "x", (rows.numel(), *self.data.x.shape[1:]), self.data.x)
+            torch.index_select(self.data.x, 0, rows.flatten(), out=flat)  # x[rows] takes many times longer
+            batch["x"] = flat.view(*rows.shape, *flat.shape[1:])
         if self.noise is not None and "noise_seed" in batch:
             batch["noise"] = self.noise(batch.pop("noise_seed"))
         return batch
 
-    def steps(self, batches: Tree) -> Tree:
+    def all(self, batches: Tree) -> Tree:
         """All steps, spelt out: leaves ``[K, S, ...]``."""
-        if not {"rows", "noise_seed"} & batches.keys():
-            return batches
-        count = len(next(iter(batches.values()))[0])
-        steps = [self.step(batches, step) for step in range(count)]
-        return tree.map(lambda *xs: torch.stack(xs, 1), *steps)
+        found = dict(batches)
+        if self.data is not None and "rows" in found:
+            rows = found.pop("rows")
+            found |= {"x": self.data.x[rows], "y": self.data.y[rows]}
+        if self.noise is not None and "noise_seed" in found:
+            each = [self.noise(numbers) for numbers in found.pop("noise_seed").unbind(1)]
+            found["noise"] = tree.map(lambda *xs: torch.stack(xs, 1), *each)
+        return found
 
 
 NOTHING = Feed()

@@ -31,13 +31,14 @@ class Layer(NamedTuple):
 
     def own(self, params: Params) -> Params:
         """Its part of ``params``, by its own names."""
-        return {name: params[self._full(name)] for name, _ in self.module.named_parameters()}
+        return {name: params[self.full(name)] for name, _ in self.module.named_parameters()}
 
     def named(self, own: Params) -> Params:
         """The inverse of :meth:`own`."""
-        return {self._full(name): value for name, value in own.items()}
+        return {self.full(name): value for name, value in own.items()}
 
-    def _full(self, name: str) -> str:
+    def full(self, name: str) -> str:
+        """A parameter's name in the model."""
         return f"{self.name}.{name}" if self.name else name
 
 

@@ -31,6 +31,29 @@ class Kind(NamedTuple):
     # layer, given, delta -> squared length of every example's gradient [K * B]; None where making them is cheaper
 
 
+def beside(scale: Tensor, like: Tensor) -> Tensor:
+    """``[K]`` as ``[K, 1, ...]``, to multiply ``like``."""
+    return scale.to(like.dtype).view(-1, *[1] * (like.dim() - 1))
+
+
+def squared(x: Tensor) -> Tensor:
+    """The squared length of each row, in double precision: one that overflows float32 must be clipped, not lost."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.double)
+    return length.square_()
+
+
+class Thin(NamedTuple):
+    """Weights ``[K, P, D]`` of clients that have taken few steps from one start: ``start - deltas.mT @ inputs``.
+
+    Local SGD moves a linear layer by the product of what it was given and its output's gradient, already scaled by the
+    learning rate: of a rank no more than the rows seen. The weights themselves are never made.
+    """
+
+    start: Tensor  # [P, D]
+    inputs: Tensor  # [K, N, D]
+    deltas: Tensor  # [K, N, P]
+
+
 def _rows(x: Tensor, clients: int) -> Tensor:
     """``[K * B, ..., D]`` to ``[K, B * ..., D]``."""
     return x.reshape(clients, -1, x.shape[-1])
@@ -38,6 +61,11 @@ def _rows(x: Tensor, clients: int) -> Tensor:
 
 def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:
     weight, bias = weights["weight"], weights.get("bias")
+    if isinstance(weight, Thin):
+        rows = _rows(x, clients)
+        moved = torch.bmm(torch.bmm(rows, weight.inputs.mT), weight.deltas).view(*x.shape[:-1], -1)
+        z = F.linear(x, weight.start) - moved
+        return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
     if len(weight) == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()
     rows = _rows(x, clients)
@@ -47,23 +75,22 @@ def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple
 
 def _linear_gradient(layer: nn.Linear, x: Tensor, delta: Tensor, clients: int) -> Params:
     rows = _rows(delta, clients)
-    found = {"weight": torch.bmm(rows.mT, _rows(x, clients))}
-    return found if layer.bias is None else found | {"bias": rows.sum(1)}
+    return {"weight": torch.bmm(rows.mT, _rows(x, clients))} | linear_bias(layer, delta, clients)
+
+
+def linear_bias(layer: nn.Linear, delta: Tensor, clients: int) -> Params:
+    """The gradient of a linear layer's bias, if it has one."""
+    return {} if layer.bias is None else {"bias": _rows(delta, clients).sum(1)}
 
 
 def _linear_squares(layer: nn.Linear, x: Tensor, delta: Tensor) -> Tensor | None:
     rows, deltas, bias = _rows(x, len(x)), _rows(delta, len(x)), 0.0 if layer.bias is None else 1.0
     positions = rows.shape[1]
     if positions == 1:
-        return (_squared(rows[:, 0]) + bias) * _squared(deltas[:, 0])
+        return (squared(rows[:, 0]) + bias) * squared(deltas[:, 0])
     if 2 * positions**2 >= layer.in_features * layer.out_features:
         return None
     return ((torch.bmm(rows, rows.mT) + bias) * torch.bmm(deltas, deltas.mT)).sum((1, 2))
-
-
-def _squared(x: Tensor) -> Tensor:
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.double)
-    return length.square()
 
 
 def _embedding(layer: nn.Embedding, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,111 @@
+"""Steps of plain local SGD for a block of clients, each linear layer's in the way that moves the fewest numbers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtailor.simulations.feed import Rooms, room
+from fedtailor.simulations.gradients import Part, Uses
+from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
+
+SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
+
+
+@dataclass
+class Seen:
+    """What a linear layer was given, and the scaled gradients of what it made, from a block's first step on."""
+
+    start: Tensor  # [P, D]
+    inputs: Tensor  # [K, N, D], filled from the front
+    deltas: Tensor  # [K, N, P]
+    filled: int = 0
+
+    def add(self, uses: Uses, rate: Tensor) -> Thin:
+        """The weights after one more step."""
+        for given, delta in uses:
+            rows = given.reshape(len(rate), -1, given.shape[-1])
+            part = slice(self.filled, self.filled + rows.shape[1])
+            self.inputs[:, part] = rows
+            torch.mul(delta.reshape(*rows.shape[:2], -1), beside(rate, rows), out=self.deltas[:, part])
+            self.filled = part.stop
+        return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled])
+
+
+@dataclass
+class Descent:
+    """Parameters ``[K, ...]`` on their way down; ``[1, ...]`` until the first step, because all clients share them.
+
+    Args:
+        steps: how many there will be.
+        thin: whether the clients' own weights may never be made, where that is less work.
+        rooms: for what is kept of every step.
+    """
+
+    params: dict[str, Any]
+    steps: int
+    thin: bool = False
+    rooms: Rooms = field(default_factory=dict)
+    seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
+    shared: bool = True
+
+    def step(self, parts: list[Part], rate: Tensor) -> None:
+        """One step; ``rate [K]`` is the learning rate, 0 where the step is padding."""
+        for part in parts:
+            name = part.layer.full("weight")
+            if part.layer.kind is not LINEAR or part.made is not None:
+                self.move(part.gradient(len(rate)), rate)
+                continue
+            if self.shared and self.thin:
+                self._begin(name, part.uses, len(rate))
+            if name in self.seen:
+                self.params[name] = self.seen[name].add(part.uses, rate)
+            else:
+                for given, delta in part.uses:
+                    self._descend(name, given, delta, rate)
+            for _, delta in part.uses:
+                self.move(part.layer.named(linear_bias(part.layer.module, delta, len(rate))), rate)
+        self.shared = False
+
+    def move(self, gradient: dict[str, Tensor], rate: Tensor) -> None:
+        """``params - rate * gradient``, of those parameters that have one."""
+        for name, g in gradient.items():
+            self.params[name] = torch.addcmul(self.params[name], beside(rate, g), g, value=-1)
+
+    def explicit(self, clients: int) -> dict[str, Any]:
+        """The parameters, leaves ``[K, ...]``."""
+        assert not self.seen, "they were never made"
+        return {name: p.expand(clients, *p.shape[1:]) for name, p in self.params.items()}
+
+    def total(self, weights: Tensor, start: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The clients' changes from ``start``, weighted by ``weights [K]`` and added up: leaves ``[1, ...]``."""
+        found = {}
+        for name, first in start.items():
+            if name in self.seen:
+                thin: Thin = self.params[name]
+                rows = (thin.deltas * beside(weights, thin.deltas)).flatten(0, 1)
+                found[name] = -(rows.mT @ thin.inputs.flatten(0, 1))[None]
+            else:
+                changes = (self.params[name] - first).expand(len(weights), *first.shape)
+                found[name] = (weights.to(first.dtype)[None] @ changes.flatten(1)).view(1, *first.shape)
+        return found
+
+    def _descend(self, name: str, given: Tensor, delta: Tensor, rate: Tensor) -> None:
+        """A linear layer's step without its gradient in between; in place, once the weights are the clients' own."""
+        clients, weight = len(rate), self.params[name]
+        rows = given.reshape(clients, -1, given.shape[-1])
+        scaled = delta.reshape(*rows.shape[:2], -1) * beside(rate, rows)
+        out = None if self.shared else weight
+        self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), scaled.mT, rows, alpha=-1, out=out)
+
+    def _begin(self, name: str, uses: Uses, clients: int) -> None:
+        """Make room for a linear layer's rows of all steps, where that is less work than its clients' weights."""
+        outputs, features = self.params[name].shape[1:]
+        rows = sum(given.numel() // features for given, _ in uses) // clients * self.steps
+        if clients * outputs * features < SMALL or rows * (outputs + features) > 2 * outputs * features:
+            return
+        start = self.params[name][0]
+        inputs = room(self.rooms, f"{name} inputs", (clients, rows, features), start)
+        deltas = room(self.rooms, f"{name} deltas", (clients, rows, outputs), start)
+        self.seen[name] = Seen(start, inputs, deltas)
