@@ -10,20 +10,22 @@ from torch import Tensor
 from fedtailor import recipe as recipes
 from fedtailor import seeds, tree
 from fedtailor.baseline import train_alone
-from fedtailor.batches import choices, draw, pack
-from fedtailor.config import build
+from fedtailor.batches import choices, draw, numbered
+from fedtailor.config import BlockPath, build
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve
-from fedtailor.recipe import Dataset, Metrics, Recipe
+from fedtailor.recipe import Dataset, Metrics, Part, Recipe
 from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.feed import Feed, seeded
+from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
-from fedtailor.training import clipped, local_train, plain
 from fedtailor.tree import Params, Tree
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -34,6 +36,7 @@ def simulate(
     sources: Mapping[str, DataSource],
     *,
     block: int = 64,
+    path: BlockPath = "auto",
     policies: Mapping[str, Policy] | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> tuple[Result, Params]:
@@ -42,13 +45,17 @@ def simulate(
     Without privacy the parameters equal the deployment's to floating-point tolerance. With privacy the accounting is
     the deployment's, but noise and samples come from seeded generators: for studying accuracy, not for release.
 
+    A site without a row to train on takes no part.
+
     Args:
+        block: clients trained at once, at most; fewer where memory or a processor's cache asks for it.
+        path: how a block is trained; an event of kind ``path`` says which way was taken, and why.
         policies: each site's rules; None: nobody asks them. With rules, what they refuse does not take part, and what
             leaves passes the same list as in a deployment.
 
     Raises:
-        RefusedError: if the rules leave fewer sites than the quorum.
-        ConfigError: if a site of the plan has no source.
+        RefusedError: if the rules or the data leave fewer sites than the quorum.
+        ConfigError: if a site of the plan has no source, or the model cannot be trained as ``path`` says.
         ContractError: if its data do not satisfy the contract.
     """
     began = time.monotonic()
@@ -57,24 +64,35 @@ def simulate(
     plan = plan if gate is None else gate.plan
     recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
     data = prepared(plan, recipe, sources)
+    plan, empty = with_rows(plan, data)
+    gate = None if gate is None else gate._replace(plan=plan)
     start = recipes.initial(recipe, plan.seed)
-    losses = recipes.losses(recipe)
-    gradient = plain(losses) if plan.privacy is None else clipped(losses, plan.privacy.clip)
-    train = local_train(gradient, strategy, plan.local.lr, losses if plan.privacy is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
     live = torch.ones(len(plan.sites), plan.local.steps)
     history: list[dict[str, Any]] = []
     keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
+    feed = feed_of(plan, data, start)
+    clip = None if plan.privacy is None else plan.privacy.clip
+    large = len(plan.sites) * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
+    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together=gate is None and large)
+    way = choose(path, task, Round(strategy.broadcast(state), memory, batches_of(plan, data, 0), live, counts))
+    on_event({"kind": "path", "path": way.path, "block": way.block, "why": way.why, "seconds": way.seconds})
+
+    def smaller(block: int) -> None:
+        nonlocal way
+        way = way._replace(block=block)
+        on_event({"kind": "path", "path": way.path, "block": block, "why": "out of memory", "seconds": {}})
+
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         clock = time.monotonic()
         if round % plan.evaluation.every == 0:
             history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
-        batches = batches_of(plan, data, round, start)
+        batches = batches_of(plan, data, round)
         state, memory = simulate_round(
-            strategy, train, state, memory, batches, live, counts, round, block=block, keep=keep
+            strategy, way.many, state, memory, batches, live, counts, round, way.block, keep, smaller
         )
         if (
             gate is not None
@@ -118,7 +136,7 @@ def simulate(
         seed=plan.seed,
         model=model_file(params),
         versions=versions(),
-        dropped=[] if gate is None else gate.dropped,
+        dropped=empty + ([] if gate is None else gate.dropped),
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
@@ -143,26 +161,49 @@ def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> d
     return found
 
 
-def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, start: Params) -> Tree:
-    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest."""
-    masks = {site: draw(plan.local, len(data[site].train.y), plan.seed, round, site) for site in plan.sites}
-    width = max(1, max(int(mask.sum(1).max()) for mask in masks.values()))
-    packed = [
-        pack(data[site].train, masks[site], plan.local.rate, width) | {"seed": choices(plan, round, site)}
-        for site in plan.sites
-    ]
+def with_rows(plan: Plan, data: dict[str, Dataset]) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan and the data of those sites that have a row to train on, and an entry for each of the others.
+
+    Raises:
+        RefusedError: code ``quorum``, if too few have any.
+    """
+    sites = tuple(site for site in plan.sites if len(data[site].train.y))
+    without = [site for site in plan.sites if site not in sites]
+    if len(sites) < plan.quorum:
+        raise RefusedError(
+            f"{len(sites)} of {len(plan.sites)} sites have rows, the quorum is {plan.quorum}", code="quorum"
+        )
+    for site in without:
+        del data[site]
+    return plan.model_copy(update={"sites": sites}), [{"round": 0, "site": site, "code": "empty"} for site in without]
+
+
+def feed_of(plan: Plan, data: Mapping[str, Dataset], start: Params) -> Feed:
+    """All sites' training rows one after another, and their noise."""
+    parts = [data[site].train for site in plan.sites]
+    table = Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+    if plan.privacy is None or plan.privacy.noise_multiplier is None:
+        return Feed(table)
+    return Feed(table, seeded(start, plan.privacy.noise_multiplier * plan.privacy.clip))
+
+
+def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
+    """One round's batches of every site, ``[K, S, ...]``, padded to the largest: rows of :func:`feed_of`'s table."""
+    sizes = torch.tensor([len(data[site].train.y) for site in plan.sites])
+    masks = [draw(plan.local, int(n), plan.seed, round, site) for n, site in zip(sizes, plan.sites, strict=True)]
+    rows, live = numbered(masks)
+    batches = {
+        "rows": rows + (sizes.cumsum(0) - sizes)[:, None, None],
+        "live": live,
+        "scale": (1.0 / (plan.local.rate * sizes))[:, None].expand(-1, plan.local.steps),
+        "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
+    }
     if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
-        std = plan.privacy.noise_multiplier * plan.privacy.clip
-        for site, batch in zip(plan.sites, packed, strict=True):
-            steps = [_noise(start, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
-            batch["noise"] = tree.stack(steps)
-    return tree.stack(packed)
-
-
-def _noise(like: Params, std: float, seed: int, round: int, site: str, step: int) -> dict[str, Tensor]:
-    """Seeded noise, for simulations only."""
-    rng = seeds.generator(seed, "noise", round, site, step)
-    return {name: std * torch.randn(p.shape, generator=rng, dtype=p.dtype) for name, p in like.items()}
+        keys = [
+            [seeds.number(plan.seed, "noise", round, site, i) for i in range(plan.local.steps)] for site in plan.sites
+        ]
+        batches["noise_seed"] = torch.tensor(keys)
+    return batches
 
 
 def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
