@@ -60,23 +60,21 @@ def block_train(
         descent = Descent(tree.at(cast["params"], None), steps, thin, rooms)
         if strategy.needs_loss:
             each = [
-                gradients.mean_losses(recipe, model, descent.params, feed.step(batches, step, rooms))
-                for step in range(steps)
+                gradients.mean_losses(recipe, model, descent.params, b) for b in feed.steps(batches, rooms, noisy=False)
             ]
             known["loss"] = (torch.stack(each, 1) * live).sum(1) / live.sum(1)
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
-        for step in range(steps):
-            batch, rate = feed.step(batches, step, rooms), lr * live[:, step]
+        rates = (lr * live).unbind(1)
+        for batch, rate in zip(feed.steps(batches, rooms, noisy), rates, strict=True):
             at = recipe, model, descent.params, batch
             parts = gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
-            noise = batch["noise"] if noisy else {}
             if corrects:
                 grads = gradients.whole(descent.params, parts, clients)
-                grads |= {n: torch.addcmul(grads[n], beside(batch["scale"], x), x) for n, x in noise.items()}
+                grads |= {n: torch.addcmul(grads[n], beside(batch.scale, x), x) for n, x in batch.noise.items()}
                 descent.move(correct(grads, descent.explicit(clients), memory), rate)
             else:
                 descent.step(parts, rate)
-                descent.move(noise, rate * batch["scale"])
+                descent.move(batch.noise, rate * batch.scale)
         if weighted is not None:
             number, others = _weigh(weighted, cast, known, clients, lr)
             return {"delta": descent.total(number, cast["params"])} | tree.map(lambda x: x.sum(0)[None], others), memory

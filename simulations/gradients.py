@@ -1,5 +1,6 @@
 """Gradients of a block of clients, from one forward pass and one backward pass over all their examples."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -7,9 +8,10 @@ from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.recipe import Recipe
+from fedtailor.simulations.feed import Batch
 from fedtailor.simulations.folded import Folded, Layer
 from fedtailor.simulations.layers import beside, squared
-from fedtailor.tree import Params, Tree
+from fedtailor.tree import Params
 
 Uses = list[tuple[Tensor, Tensor]]  # of one layer: what it was given, and the gradient of what it made, of this shape
 
@@ -26,43 +28,34 @@ class Part(NamedTuple):
         return self.layer.named(_summed(self.layer, self.uses, clients) if self.made is None else self.made)
 
 
-def mean_losses(recipe: Recipe, model: Folded, params: Params, batch: Tree) -> Tensor:
+def mean_losses(recipe: Recipe, model: Folded, params: Params, batch: Batch) -> Tensor:
     """Each client's loss ``[K]``, as :func:`fedtailor.training.mean_loss` has it."""
     with torch.no_grad():
-        each = _losses(recipe, model, params, batch).view(batch["live"].shape)
-    total: Tensor = (each * batch["live"]).sum(1) * batch["scale"]
-    return total
+        return (_losses(recipe, model, params, batch) * batch.weights).view(len(batch.scale), -1).sum(1)
 
 
-def plain(recipe: Recipe, model: Folded, params: Params, batch: Tree) -> list[Part]:
+def plain(recipe: Recipe, model: Folded, params: Params, batch: Batch) -> list[Part]:
     """What :func:`fedtailor.training.plain` makes of each client, in parts."""
-    weights = (batch["live"] * batch["scale"][:, None]).flatten()
-    return [Part(layer, uses) for layer, uses in _uses(model, _losses(recipe, model, params, batch), weights)]
+    return [Part(layer, uses) for layer, uses in _uses(model, _losses(recipe, model, params, batch), batch.weights)]
 
 
-def clipped(recipe: Recipe, model: Folded, params: Params, batch: Tree, clip: float) -> list[Part]:
+def clipped(recipe: Recipe, model: Folded, params: Params, batch: Batch, clip: float) -> list[Part]:
     """What :func:`fedtailor.training.clipped` makes of each client but for the noise, in parts.
 
     One backward pass suffices: an example's gradient is the product of what a layer was given and the gradient of what
     it made, so that the latter, scaled, gives the sum of clipped gradients.
     """
-    clients, examples = batch["live"].shape
-    uses = _uses(model, _losses(recipe, model, params, batch), torch.ones(()))
+    clients = len(batch.scale)
+    uses = _uses(model, _losses(recipe, model, params, batch), torch.ones_like(batch.weights))
     made: dict[str, Params] = {}  # every example's gradient, of those layers where it costs less than its length alone
-    squares: Tensor | float = 0.0
-    for layer, use in uses:
-        found = layer.kind.squares(layer.module, *use[0]) if len(use) == 1 else None
-        if found is None:
-            made[layer.name] = _summed(layer, use, clients * examples)
-            found = torch.stack([squared(g.flatten(1)) for g in made[layer.name].values()]).sum(0)
-        squares = squares + found
-    assert isinstance(squares, Tensor), "a model has parameters"
-    counts = squares.isfinite()  # as in tree.clip: an example that is not finite is nothing
-    scale = torch.where(counts, (clip / (squares.clamp(min=0).sqrt() + 1e-12)).clamp(max=1.0), 0.0)
-    scale = (
-        (scale.view(clients, examples) * batch["live"] * batch["scale"][:, None]).flatten().to(uses[0][1][0][1].dtype)
-    )
-    gone = None if bool(counts.all()) else ~counts
+    squares = torch.stack([_squares(layer, use, made) for layer, use in uses]).sum(0)
+    gone = None
+    if not math.isfinite(float(squares.sum())):  # seldom, and so worth a second look: some lengths overflow a float32
+        again = [_squares(layer, [(_double(a), b.double()) for a, b in use], {}) for layer, use in uses]
+        squares = torch.stack(again).sum(0)
+        gone = ~squares.isfinite()  # as in tree.clip: an example that is not finite is nothing
+        squares = squares.masked_fill(gone, 0.0)
+    scale = (clip / (squares.sqrt() + 1e-12)).clamp_(max=1.0) * batch.weights
     parts = []
     for layer, use in uses:
         if layer.name in made:
@@ -74,6 +67,19 @@ def clipped(recipe: Recipe, model: Folded, params: Params, batch: Tree, clip: fl
     return parts
 
 
+def _squares(layer: Layer, uses: Uses, made: dict[str, Params]) -> Tensor:
+    """The squared lengths ``[K * B]`` of every example's gradient, which is put into ``made`` where it is made for them."""
+    found = layer.kind.squares(layer.module, *uses[0]) if len(uses) == 1 else None
+    if found is None:
+        made[layer.name] = _summed(layer, uses, len(uses[0][1]))
+        found = torch.stack([squared(g.flatten(1)) for g in made[layer.name].values()]).sum(0)
+    return found
+
+
+def _double(x: Tensor) -> Tensor:
+    return x.double() if x.is_floating_point() else x
+
+
 def whole(params: Params, parts: list[Part], clients: int) -> Params:
     """The gradient in the parameters' order, leaves ``[K, ...]``; a layer that was not used has none, and so zero."""
     found = {name: g for part in parts for name, g in part.gradient(clients).items()}
@@ -83,18 +89,16 @@ def whole(params: Params, parts: list[Part], clients: int) -> Params:
     }
 
 
-def _losses(recipe: Recipe, model: Folded, params: Params, batch: Tree) -> Tensor:
+def _losses(recipe: Recipe, model: Folded, params: Params, batch: Batch) -> Tensor:
     """``[K * B]``."""
-    x, y = batch["x"], batch["y"]
-    each: Tensor = recipe.losses(model.run(params, x.flatten(0, 1), len(x)), y.flatten(0, 1))
+    each: Tensor = recipe.losses(model.run(params, batch.x, len(batch.scale)), batch.y)
     return each
 
 
 def _uses(model: Folded, losses: Tensor, weights: Tensor) -> list[tuple[Layer, Uses]]:
     """Every layer's uses in the last run, with gradients of the weighted sum of ``losses``."""
-    weights = weights.to(losses.dtype).expand(losses.shape)
     calls = model.tape.calls
-    deltas = torch.autograd.grad(losses, [call.output for call in calls], weights, allow_unused=True)
+    deltas = torch.autograd.grad(losses, [call.output for call in calls], weights.to(losses.dtype), allow_unused=True)
     found: dict[str, Uses] = {layer.name: [] for layer in model.layers}
     for call, delta in zip(calls, deltas, strict=True):
         if delta is not None:

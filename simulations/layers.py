@@ -37,8 +37,8 @@ def beside(scale: Tensor, like: Tensor) -> Tensor:
 
 
 def squared(x: Tensor) -> Tensor:
-    """The squared length of each row, in double precision: one that overflows float32 must be clipped, not lost."""
-    length: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.double)
+    """The squared length of each row."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=-1)
     return length.square_()
 
 
@@ -90,7 +90,7 @@ def _linear_squares(layer: nn.Linear, x: Tensor, delta: Tensor) -> Tensor | None
         return (squared(rows[:, 0]) + bias) * squared(deltas[:, 0])
     if 2 * positions**2 >= layer.in_features * layer.out_features:
         return None
-    return ((torch.bmm(rows, rows.mT) + bias) * torch.bmm(deltas, deltas.mT)).sum((1, 2))
+    return ((torch.bmm(rows, rows.mT) + bias) * torch.bmm(deltas, deltas.mT)).sum((1, 2)).clamp_(min=0)
 
 
 def _embedding(layer: nn.Embedding, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:
@@ -115,7 +115,7 @@ def _embedding_gradient(layer: nn.Embedding, x: Tensor, delta: Tensor, clients: 
 
 def _embedding_squares(layer: nn.Embedding, x: Tensor, delta: Tensor) -> Tensor:
     words, rows = x.reshape(len(x), -1), _rows(_learnt(layer, x, delta), len(x))
-    return (torch.bmm(rows, rows.mT) * (words[:, :, None] == words[:, None])).sum((1, 2))
+    return (torch.bmm(rows, rows.mT) * (words[:, :, None] == words[:, None])).sum((1, 2)).clamp_(min=0)
 
 
 def _learnt(layer: nn.Embedding, x: Tensor, delta: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ class Round(NamedTuple):
     def of(self, clients: int, steps: int) -> "Round":
         """A part of it."""
         part = slice(0, clients)
-        batches = tree.map(lambda x: x[part, :steps], self.batches)
+        batches = tree.map(lambda x: x[part, :steps] if x.dim() > 1 else x[part], self.batches)
         return Round(self.cast, tree.at(self.memory, part), batches, self.live[part, :steps], self.num_examples[part])
 
 
@@ -91,7 +91,8 @@ def unfit(task: Task, first: Round) -> str | None:
     trial = first.of(2, 2)
     cast = {"params": first.cast["params"]}
     batches = task.feed.all(trial.batches)
-    batches = batches | {"live": torch.ones_like(batches["live"])}
+    still = tree.map(lambda p: torch.zeros(()).expand(*batches["live"].shape[:2], *p.shape), cast["params"])
+    batches = {"noise": still} | batches | {"live": torch.ones_like(batches["live"])}
     nothing: Tree = {}
     inputs = cast, nothing, batches, torch.ones_like(trial.live), trial.num_examples
     try:

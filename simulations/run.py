@@ -199,10 +199,8 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
         "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
     }
     if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
-        keys = [
-            [seeds.number(plan.seed, "noise", round, site, i) for i in range(plan.local.steps)] for site in plan.sites
-        ]
-        batches["noise_seed"] = torch.tensor(keys)
+        numbers = [seeds.number(plan.seed, "noise", round, site) for site in plan.sites]
+        batches["noise_seed"] = torch.tensor(numbers)
     return batches
 
 
