@@ -42,7 +42,7 @@ def main(name: str, rounds: int) -> None:
     rng = np.random.default_rng(0)
     count = CLIENTS * POINTS
     x = to_tensor(rng.standard_normal((count, 3, 32, 32), dtype=np.float32))
-    y = to_tensor(rng.integers(0, 10, count))
+    y = to_tensor(rng.integers(0, 2, count)).long()
     users = {u: (x[u * POINTS : (u + 1) * POINTS], y[u * POINTS : (u + 1) * POINTS]) for u in range(CLIENTS)}
     data = FederatedDataset.from_slices(users, get_user_sampler("random", range(CLIENTS)))
     net = MODELS[name]()

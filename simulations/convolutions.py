@@ -46,28 +46,24 @@ def _beside(x: Tensor, clients: int) -> Tensor:
 
 
 def _gradient(layer: nn.Conv2d, x: Tensor, delta: Tensor, clients: int) -> Params:
-    batch = len(x) // clients
-    if x.device.type == "cpu":
+    batch, looped = len(x) // clients, x.device.type == "cpu"
+    groups = layer.groups if looped else clients * layer.groups
+    shape = layer.out_channels if looped else clients * layer.out_channels, *layer.weight.shape[1:]
+    like, none = (
+        x.new_empty(1).expand(shape),
+        [0] * len(layer.kernel_size),
+    )  # of the weight, only its shape is asked for
+    how = like, None, layer.stride, _padding(layer), layer.dilation, False, none, groups, [False, True, False]
+    backward = torch.ops.aten.convolution_backward
+    if looped:
         each = zip(torch.split(x, batch), torch.split(delta, batch), strict=True)
-        weight = torch.stack([_weight(layer, part, below, 1) for part, below in each])
+        weight = torch.stack([backward(below, part, *how)[1] for part, below in each])
     else:
-        weight = _weight(layer, _beside(x, clients), _beside(delta, clients), clients)
+        weight = backward(_beside(delta, clients), _beside(x, clients), *how)[1]
     found = {"weight": weight.view(clients, *layer.weight.shape)}
-    return (
-        found
-        if layer.bias is None
-        else found | {"bias": delta.reshape(clients, batch, layer.out_channels, -1).sum((1, 3))}
-    )
-
-
-def _weight(layer: nn.Conv2d, x: Tensor, delta: Tensor, clients: int) -> Tensor:
-    shape = clients * layer.out_channels, *layer.weight.shape[1:]
-    like, none = x.new_empty(1).expand(shape), [0] * len(layer.kernel_size)  # only its shape is asked for
-    made: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        delta, x, like, None, layer.stride, _padding(layer), layer.dilation, False, none, clients * layer.groups,
-        [False, True, False],
-    )  # fmt: skip
-    return made[1]
+    if layer.bias is not None:
+        found["bias"] = delta.reshape(clients, batch, layer.out_channels, -1).sum((1, 3))
+    return found
 
 
 def unfit(layer: Any) -> str | None:
