@@ -70,17 +70,21 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         flat = load(whole)
         leaves.check(flat, train=visit.train)
         may = policy.metrics and facts.test_rows >= policy.minimum_count
-        metrics = leaves.rounded(report.metrics) if report.metrics and may and visit.evaluate else None
-        baseline = leaves.rounded(report.baseline) if report.baseline and may and visit.baseline else None
+        found = {
+            "metrics": report.metrics if visit.evaluate else None,
+            "personal": report.personal if visit.evaluate and leaves.models == 2 else None,
+            "baseline": report.baseline if visit.baseline else None,
+        }
+        measured = {which: leaves.rounded(m) if m and may else None for which, m in found.items()}
         if policy.metric_noise is not None:
             std = policy.metric_noise / max(facts.test_rows, 1)
-            metrics, baseline = (_noised(m, std, facts.metric_key, w) for m, w in ((metrics, "a"), (baseline, "b")))
+            measured = {which: _noised(m, std, facts.metric_key, which) for which, m in measured.items()}
         payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
     except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
         raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error
     seconds = round(report.seconds, 1 if report.seconds > 1 else 3)
-    said = {"metrics": metrics, "baseline": baseline, "seconds": seconds}
+    said = {**measured, "seconds": seconds}
     listed: dict[str, object] = {
         "tensors": {name: list(leaf.shape) for name, leaf in flat.items()},
         "norm": round(length(flat), 6),
@@ -144,7 +148,8 @@ def release(fleet: Fleet, envelope: Envelope, answer: Stored, egress: Chain) -> 
     report, payload = answer.report, answer.payload
     size = len(payload) + len(report.model_dump_json())
     egress.append(run=report.run, round=report.round, bytes=size, sha256=report.summand_sha256, epsilon=report.epsilon,
-         metrics=sorted(report.metrics or ()), baseline=sorted(report.baseline or ()), rows=report.rows,
+         metrics=sorted(report.metrics or ()), personal=sorted(report.personal or ()),
+         baseline=sorted(report.baseline or ()), rows=report.rows,
          **answer.listed)  # fmt: skip
     return fleet.answer(envelope, wire.record(report, payload), report.seconds)
 

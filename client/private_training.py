@@ -1,10 +1,11 @@
 """Record-level DP-SGD at a site: Poisson samples, Opacus' per-example clipping, noise that cannot be guessed."""
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from opacus.grad_sample import GradSampleModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtailor import tree
 from fedtailor.client.private_gate import check_private
@@ -15,7 +16,7 @@ from fedtailor.recipe import Part, Recipe
 from fedtailor.strategy import Local, Strategy
 from fedtailor.study import Plan
 from fedtailor.training import NO_LOSS
-from fedtailor.tree import Params, Tree
+from fedtailor.tree import Tree
 
 __all__ = ["check_private", "inputs_digest", "private_train"]
 
@@ -44,6 +45,7 @@ def private_train(
     *,
     max_physical_batch: int = 256,
     seed: Tensor | None = None,
+    over: Callable[[], bool] = lambda: False,
 ) -> tuple[Tree, Tree]:
     """One round of DP-SGD from ``cast["params"]``: the same as ``local_train(clipped(...))``, for real data.
 
@@ -60,6 +62,8 @@ def private_train(
         noise_multiplier: 0 is for tests of sensitivity; no charge can be made for less than 0.4.
         max_physical_batch: examples whose gradients are held in memory at once; it does not change the result.
         seed: a public number for the strategy's own random choices.
+        over: asked before every step but the first, whether the time is over. Fewer steps cost what all would: the
+            clock is not what the guarantee is about, and a round that is repeated may stop elsewhere.
 
     Raises:
         ConfigError: if the plan has no record-level privacy, ``cast`` does not fit the recipe's model, or the strategy
@@ -75,29 +79,43 @@ def private_train(
     rng = rng.derive(f"round/{inputs_digest(part, plan, noise_multiplier, cast, memory)}")
     with torch.random.fork_rng(devices=[]), quiet_hooks():
         torch.manual_seed(rng.seed("dropout"))  # a repeated round must repeat this too
-        module = _module(recipe, cast["params"])
+        params = strategy.start(cast, memory)
+        module = _module(recipe, params)
         optimizer = SafeDPOptimizer(
             torch.optim.SGD(module.parameters(), lr=plan.local.lr),
             noise_multiplier=noise_multiplier,
             max_grad_norm=plan.privacy.clip,
             rng=rng,
         )
-        params = _params(module, cast["params"])
-        for _ in range(plan.local.steps):
+        steps = 0
+        while steps < plan.local.steps and not (steps and over()):
+            steps += 1
             mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
             _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
-            grads = _release(module, params, plan.local.rate * len(part.y), optimizer)
+            grads = _release(module, plan.local.rate * len(part.y), optimizer)
             grads = strategy.correct(grads, params, cast, memory)
             params = tree.map(lambda p, g: p - plan.local.lr * g, params, grads)
             _load(module, params)
-    count, steps = torch.tensor(float(len(part.y))), torch.tensor(float(plan.local.steps))
-    return strategy.report(Local(cast, memory, params, count, steps, plan.local.lr, seed))
+    count, taken = torch.tensor(float(len(part.y))), torch.tensor(float(steps))
+    return strategy.report(Local(cast, memory, params, count, taken, plan.local.lr, seed))
 
 
-def _module(recipe: Recipe, params: Params) -> GradSampleModule:
-    module = recipe.model().train()
-    own = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    theirs = {name: tuple(p.shape) for name, p in params.items()}
+class _Together(nn.Module):
+    """Several models of one recipe that see the same examples."""
+
+    def __init__(self, recipe: Recipe, names: list[str]) -> None:
+        super().__init__()
+        self.models = nn.ModuleDict({name: recipe.model() for name in names})
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [model(x) for model in self.models.values()]
+
+
+def _module(recipe: Recipe, params: Tree) -> GradSampleModule:
+    several = [name for name, one in params.items() if isinstance(one, dict)]
+    module = (_Together(recipe, several) if several else recipe.model()).train()
+    own = {name: tuple(p.shape) for name, p in _named(module).items()}
+    theirs = {name: tuple(p.shape) for name, p in tree.flatten(params).items()}
     if own != theirs:
         wrong = min(set(own.items()) ^ set(theirs.items()))
         raise ConfigError(f"cast: parameter {wrong[0]!r} {wrong[1]} does not fit the model of recipe {recipe.name!r}")
@@ -108,15 +126,18 @@ def _module(recipe: Recipe, params: Params) -> GradSampleModule:
     return wrapped
 
 
-def _load(module: GradSampleModule, params: Params) -> None:
+def _named(module: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the paths that they have in a strategy's tree."""
+    if not isinstance(module, _Together):
+        return dict(module.named_parameters())
+    return {f"{which}/{name}": p for which, one in module.models.items() for name, p in one.named_parameters()}
+
+
+def _load(module: GradSampleModule, params: Tree) -> None:
+    flat = tree.flatten(params)
     with torch.no_grad():
-        for name, p in module._module.named_parameters():
-            p.copy_(params[name])
-
-
-def _params(module: GradSampleModule, order: Params) -> Params:
-    now = {name: p.detach().clone() for name, p in module._module.named_parameters()}
-    return {name: now[name] for name in order}
+        for name, p in _named(module._module).items():
+            p.copy_(flat[name])
 
 
 def _sum_gradients(
@@ -124,18 +145,20 @@ def _sum_gradients(
 ) -> None:
     for rows in mask.nonzero()[:, 0].split(most):  # type: ignore[no-untyped-call]
         if len(rows):
-            recipe.losses(module(part.x[rows]), part.y[rows]).sum().backward()  # type: ignore[no-untyped-call]
+            outputs = module(part.x[rows])
+            each = outputs if isinstance(outputs, list) else [outputs]
+            losses = torch.stack([recipe.losses(one, part.y[rows]).sum() for one in each])
+            losses.sum().backward()  # type: ignore[no-untyped-call]
             optimizer.accumulate()
 
 
-def _release(module: GradSampleModule, order: Params, expected: float, optimizer: SafeDPOptimizer) -> Params:
+def _release(module: GradSampleModule, expected: float, optimizer: SafeDPOptimizer) -> Tree:
     """The noisy mean gradient: the only thing that leaves the examples."""
     optimizer.add_noise()
-    named = dict(module._module.named_parameters())
-    grads = {name: named[name].grad / expected for name in order}
+    grads = {name: p.grad / expected for name, p in _named(module._module).items() if p.grad is not None}
     if not all(tree.finite(g) for g in grads.values()):
         raise FedtailorError(
             "training: the noisy gradient is not finite; the model or the clip is too large for float32",
             code="nonfinite",
         )
-    return grads
+    return tree.unflatten(grads)

@@ -53,7 +53,8 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
             stored = inbox.stored(Path(scratch), visit)
             assert stored is not None
             sizes.append(len(stored.payload) + len(stored.report.model_dump_json()))
-    charges, delta = charges_of(policy, plan), plan.privacy.delta if plan.privacy else policy.delta
+    charges = charges_of(policy, plan, known.proposal.leaves.models)
+    delta = plan.privacy.delta if plan.privacy else policy.delta
     training = charges[: plan.rounds] if plan.privacy else []
     return Forecast(
         epsilon=epsilon(training, delta) if training else None,

@@ -134,7 +134,7 @@ class Visits:
         reservation = self._reserve(plan, visit, data.fingerprint)
         if reservation is not None:
             self.note("reserved", run=visit.run, round=visit.round, reservation=reservation.id)
-        metric = self._reserve_metrics(plan, visit, data.fingerprint)
+        metric = self._reserve_metrics(known, visit, data.fingerprint)
         out = self._work(entry, visit, reservation)
         facts = airlock.Facts(
             epsilon=self._spent(plan, visit),
@@ -193,7 +193,8 @@ class Visits:
 
     def verdict(self, known: Known, spent: list[Charge]) -> list[Rule]:
         proposal = known.proposal
-        return judged(self.config.policy, proposal.plan, Case(self.config.site, spent, proposal.leaves.bytes))
+        leaves = proposal.leaves
+        return judged(self.config.policy, proposal.plan, Case(self.config.site, spent, leaves.bytes, leaves.models))
 
     def spent_before(self, run: str, fingerprint: str) -> list[Charge]:
         """What other runs have charged to the data."""
@@ -219,9 +220,10 @@ class Visits:
             reservation = reserve(again=True)
         return reservation
 
-    def _reserve_metrics(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:
+    def _reserve_metrics(self, known: Known, visit: Visit, fingerprint: str) -> Reservation | None:
         """Charge for the noised metrics of a visit; the work is not done where the budget does not suffice for them."""
-        charge, count = metric_charge(self.config.policy), visit.evaluate + visit.baseline
+        plan, leaves = known.proposal.plan, known.proposal.leaves
+        charge, count = metric_charge(self.config.policy), leaves.models * visit.evaluate + visit.baseline
         if charge is None or not count:
             return None
         delta = plan.privacy.delta if plan.privacy else self.config.policy.delta

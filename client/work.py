@@ -1,6 +1,7 @@
 """What a site does in one visit: evaluate what was cast, train from it, report. Pure but for the data it is given."""
 
 import time
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -60,19 +61,22 @@ def perform(
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
                     summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
     update: dict[str, object] = {}
+    if not memory and strategy.remember(expected["params"]):
+        memory = strategy.remember(recipes.initial(recipe, plan.seed))
     if visit.evaluate:
         update["metrics"] = recipes.evaluate(recipe, model_in(cast), data.test, minimum)
+        if strategy.personal is not None:
+            update["personal"] = recipes.evaluate(recipe, strategy.personal(cast, memory), data.test, minimum)
     if visit.baseline:
         update["baseline"] = recipes.evaluate(recipe, train_alone(recipe, data.train, plan, site), data.test, minimum)
     summand: Tree = {}
     if visit.train:
-        if not memory and strategy.remember(expected["params"]):
-            memory = strategy.remember(recipes.initial(recipe, plan.seed))
+        over = after(plan.local.within_s)
         if plan.privacy is None:
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
             batches = pack(data.train, mask, plan.local.rate) | {"seed": choices(plan, visit.round, site)}
             losses = recipes.losses(recipe)
-            train = local_train(plain(losses), strategy, plan.local.lr, losses)
+            train = local_train(plain(losses), strategy, plan.local.lr, losses, over)
             count = torch.tensor(float(len(data.train.y)))
             summand, memory = train(cast, memory, batches, torch.ones(plan.local.steps), count)
         else:
@@ -90,6 +94,13 @@ def perform(
                 memory,
                 Csprng(key),
                 seed=choices(plan, visit.round, site)[0],
+                over=over,
             )
     update["seconds"] = time.monotonic() - began
     return Work(report.model_copy(update=update), summand, memory)
+
+
+def after(seconds: float | None) -> Callable[[], bool]:
+    """Whether so many seconds have passed since now; None: never."""
+    end = float("inf") if seconds is None else time.monotonic() + seconds
+    return lambda: time.monotonic() > end

@@ -6,7 +6,7 @@ from decimal import Decimal
 import yaml
 
 from fedtailor.recipe import Metrics
-from fedtailor.result import PrivacyResult, Result
+from fedtailor.result import Kind, PrivacyResult, Result
 from fedtailor.study import Plan
 
 EMPTY: Metrics = {}
@@ -112,12 +112,18 @@ def _metrics(result: Result, no_plot: str) -> list[str]:
         "without privacy; *federated* is the model of this card. The mean is weighted by training rows, over the sites "
         "where a metric could be estimated.",
         "",
-        "| site | metric | alone | federated |",
-        "|---|---|---:|---:|",
     ]
+    kinds: dict[Kind, str] = {"local_only": "alone", "federated": "federated"}
+    if "personal" in result.metrics:
+        kinds["personal"] = "own"
+        lines[0] += (
+            " *Own* is each site's own model: the part that the site keeps has never left it and is not in the file of "
+            "this card. A site uses the better of the two."
+        )
+    lines += [f"| site | metric | {' | '.join(kinds.values())} |", f"|---|---|{'---:|' * len(kinds)}"]
     for name, site in sorted(result.sites.items()):
-        lines += _rows(name, site.metrics.get("local_only", EMPTY), site.metrics.get("federated", EMPTY))
-    lines += _rows("**mean**", result.metrics.get("local_only", EMPTY), result.metrics.get("federated", EMPTY))
+        lines += _rows(name, [site.metrics.get(kind, EMPTY) for kind in kinds])
+    lines += _rows("**mean**", [result.metrics.get(kind, EMPTY) for kind in kinds])
     if pooled := result.metrics.get("pooled"):
         lines += ["", "Trained on all rows in one place, for comparison: "]
         lines[-1] += ", ".join(f"{name} {number(value)}" for name, value in pooled.items()) + "."
@@ -125,9 +131,9 @@ def _metrics(result: Result, no_plot: str) -> list[str]:
     return lines
 
 
-def _rows(name: str, alone: Metrics, federated: Metrics) -> list[str]:
-    names = dict.fromkeys([*federated, *alone])
-    return [f"| {name} | {m} | {_cell(alone, m)} | {_cell(federated, m)} |" for m in names]
+def _rows(name: str, measured: list[Metrics]) -> list[str]:
+    names = dict.fromkeys(m for metrics in reversed(measured) for m in metrics)
+    return [f"| {name} | {m} | {' | '.join(_cell(metrics, m) for metrics in measured)} |" for m in names]
 
 
 def _cell(metrics: Metrics, name: str) -> str:

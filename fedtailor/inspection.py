@@ -22,10 +22,12 @@ def document(proposal: Proposal, rules: list[Rule]) -> dict[str, Any]:
         "quorum": plan.quorum,
         "rounds": plan.rounds,
         "steps": plan.local.steps,
+        "buffer": plan.buffer.model_dump() if plan.buffer else None,
         "privacy": privacy.model_dump() if privacy else None,
         "leaves": {
             "tensors": [one.model_dump() for one in leaves.tensors],
             "metrics": list(leaves.metrics),
+            "models": leaves.models,
             "norm": leaves.norm,
             "bytes": leaves.bytes,
             "bits": leaves.bits(),
@@ -60,13 +62,19 @@ def sentences(shown: dict[str, Any]) -> list[str]:
         )
     names = ", ".join(f"{one['name']} {one['shape']}" for one in leaves["tensors"][:6])
     more = f" and {len(leaves['tensors']) - 6} more" if len(leaves["tensors"]) > 6 else ""
+    measured = "the shared model's and your own" if leaves["models"] == 2 else "the shared model's"
+    if shown["buffer"] is not None:
+        lines.append(
+            f"A round closes on {shown['buffer']['answers']} answers, a quorum of them to its own model; a late one counts "
+            "less, in a later round."
+        )
     norm = f"an L2 norm of at most {leaves['norm']:g}" if leaves["norm"] else "no bound on their norm"
     lines += [
         f"Each round these tensors leave, with {norm}, in at most {leaves['bytes']:,} bytes: {names}{more}.",
         f"If whoever trains were free to choose them, they could carry {leaves['bits']:,} bits a round; the noise of "
         "differential privacy is what limits what they say of a record.",
-        f"Metrics that may leave, rounded to {METRIC_DIGITS} digits and not private: {', '.join(leaves['metrics'])}; "
-        "beside them row counts and seconds of work.",
+        f"Metrics that may leave, {measured}, rounded to {METRIC_DIGITS} digits and not private: "
+        f"{', '.join(leaves['metrics'])}; beside them row counts and seconds of work.",
         f"It may start until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(shown['expires']))}.",
     ]
     return lines

@@ -39,6 +39,7 @@ class Leaving(Frozen):
 
     tensors: tuple[Tensor, ...]
     metrics: tuple[str, ...]  # by name; each rounded to METRIC_DIGITS
+    models: PositiveInt = 1  # that an evaluation measures: 2 where the site has one of its own beside the shared one
     norm: PositiveFloat | None  # the greatest L2 norm, over all tensors together; None: not bounded
     bytes: PositiveInt  # of the tensors' file
 
@@ -88,7 +89,8 @@ def agreed(plan_text: str) -> Leaving:
     tensors = [
         Tensor(name=n, dtype=str(dtype).removeprefix("torch."), shape=s) for n, (dtype, s) in sorted(spec.items())
     ]
-    return Leaving(tensors=tuple(tensors), metrics=METRICS, norm=plan.norm, bytes=size_limit(spec))
+    models = 1 if strategy.personal is None else 2
+    return Leaving(tensors=tuple(tensors), metrics=METRICS, models=models, norm=plan.norm, bytes=size_limit(spec))
 
 
 def spec_of(expected: Tree) -> Spec:

@@ -90,6 +90,7 @@ class Case(NamedTuple):
     site: str
     spent: Sequence[Charge]  # what other runs have charged to the data set
     answer_bytes: int  # of one answer, at most
+    models: int = 1  # that an evaluation measures
 
 
 def charge_of(plan: Plan) -> Charge | None:
@@ -110,13 +111,13 @@ def metric_charge(policy: Policy) -> Charge | None:
     return Charge(policy.metric_noise, 1.0, 1) if policy.metrics and policy.metric_noise is not None else None
 
 
-def charges_of(policy: Policy, plan: Plan) -> list[Charge]:
+def charges_of(policy: Policy, plan: Plan, models: int = 1) -> list[Charge]:
     """Everything that a study would charge to the data set: its training, and its metrics where they are noised.
 
-    A study asks for metrics in rounds, at the end, and of the model trained alone.
+    A study asks for metrics in rounds and at the end, of one model or two, and of the model trained alone.
     """
     training, metric = charge_of(plan), metric_charge(policy)
-    evaluations = len(range(0, plan.rounds, plan.evaluation.every)) + 1 + plan.evaluation.baseline
+    evaluations = models * (len(range(0, plan.rounds, plan.evaluation.every)) + 1) + plan.evaluation.baseline
     charges = [training] * plan.rounds if training is not None else []
     return charges + ([metric] * evaluations if metric is not None else [])
 
@@ -152,7 +153,7 @@ def _without(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
 
 def _budget(policy: Policy, plan: Plan, case: Case, delta: float) -> Rule:
     """What the data set would have spent when the study is over."""
-    charges, training = charges_of(policy, plan), charge_of(plan)
+    charges, training = charges_of(policy, plan, case.models), charge_of(plan)
     total = epsilon([*case.spent, *charges], delta)
     rule = _most("budget", "epsilon of the data set over all studies", total, policy.epsilon)
     if not rule.ok and training is not None:

@@ -11,7 +11,7 @@ from fedtailor.card import at_most, model_card, number
 from fedtailor.errors import StoreError
 from fedtailor.plots import rounds_png
 from fedtailor.recipe import Metrics
-from fedtailor.result import Result
+from fedtailor.result import Kind, Result
 from fedtailor.study import Plan
 from fedtailor.tree import Params
 
@@ -45,30 +45,33 @@ def write_run(folder: Path, *, result: Result, plan: Plan, params: Params, confi
 
 
 def console_table(result: Result) -> Table:
-    """Per site: the headline metrics alone and federated, epsilon spent of the plan's, traffic of all rounds."""
+    """Per site: the headline metrics alone, federated and by its own model, epsilon of the plan's, all rounds' traffic."""
     title = f"{result.study}: {result.rounds} rounds of {result.strategy}, {result.status}"
     table = Table(title=title, caption=_caption(result), caption_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown = headline(result)
     table.add_column("site", no_wrap=True)
     budget = result.privacy.epsilon_budget if result.privacy else None
     cost = "ε spent" + ("" if budget is None else f"\nof {budget:g}")
-    for heading in ("rows", *(f"{_title(name)}\nalone → fed." for name in shown), cost, "bytes\nout", "bytes\nin"):
+    kinds: list[Kind] = ["local_only", "federated"]
+    if "personal" in result.metrics:
+        kinds.append("personal")
+        shown = shown[:1]  # three figures of two metrics are wider than a terminal
+    path = " → ".join({"local_only": "alone", "federated": "fed.", "personal": "own"}[kind] for kind in kinds)
+    for heading in ("rows", *(f"{_title(name)}\n{path}" for name in shown), cost, "bytes\nout", "bytes\nin"):
         table.add_column(heading, justify="right", no_wrap=True)
     for name, site in sorted(result.sites.items()):
-        alone, federated = site.metrics.get("local_only", {}), site.metrics.get("federated", {})
         table.add_row(
             name,
             f"{site.rows:,}",
-            *(f"{_short(alone, m)} → {_short(federated, m)}" for m in shown),
+            *(" → ".join(_short(site.metrics.get(kind, {}), m) for kind in kinds) for m in shown),
             "no DP" if site.epsilon is None else at_most(site.epsilon),
             *((_size(site.bytes_sent), _size(site.bytes_received)) if result.transport else ("–", "–")),
         )
-    alone, federated = result.metrics.get("local_only", {}), result.metrics.get("federated", {})
     table.add_section()
     table.add_row(
         "mean, by rows",
         f"{sum(site.rows for site in result.sites.values()):,}",
-        *(f"{_short(alone, m)} → {_short(federated, m)}" for m in shown),
+        *(" → ".join(_short(result.metrics.get(kind, {}), m) for kind in kinds) for m in shown),
     )
     return table
 

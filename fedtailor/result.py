@@ -15,6 +15,7 @@ from fedtailor.tree import Params
 
 SCHEMA: Literal["fedtailor.result/1"] = "fedtailor.result/1"
 Ending = Literal["completed", "stopped", "failed"]
+Kind = Literal["local_only", "federated", "personal", "pooled"]  # personal: where each site has a model of its own
 COVERS = (
     "everything that depends on one record of a site's training part and left the site as parameters, over all rounds "
     "of this run: the released model among it"
@@ -50,7 +51,7 @@ class SiteResult(Frozen):
     """One site."""
 
     rows: NonNegativeInt  # training and held-out part together
-    metrics: dict[Literal["local_only", "federated"], Metrics]  # None: not estimable, which is not zero
+    metrics: dict[Kind, Metrics]  # None: not estimable, which is not zero
     epsilon: NonNegativeFloat | None  # spent by this run on this site's data; None: trained without privacy
     bytes_sent: NonNegativeInt
     bytes_received: NonNegativeInt
@@ -105,7 +106,7 @@ class Result(BaseModel):
     strategy: str
     rounds: NonNegativeInt
     sites: dict[str, SiteResult]
-    metrics: dict[Literal["local_only", "federated", "pooled"], Metrics]  # means over sites, weighted by training rows
+    metrics: dict[Kind, Metrics]  # means over sites, weighted by training rows
     privacy: PrivacyResult | None
     timing: Timing
     transport: Transport | None

@@ -20,7 +20,7 @@ class Local(NamedTuple):
 
     cast: Tree  # what the server broadcast; cast["params"] is the starting point
     memory: Tree  # what this client kept from its last round
-    params: Tree  # where local training ended
+    params: Tree  # where local training ended: a tree like ``start`` made
     num_examples: Tensor  # scalar: the rows of the client's training part, a public number
     num_steps: Tensor  # scalar
     lr: float
@@ -71,6 +71,10 @@ class Strategy(NamedTuple):
 
     ``state["params"]`` is the model. ``cast["params"]`` is where local training starts; a strategy that trains from
     another point than its model (an average of iterates, say) casts the model too, as ``cast["model"]``.
+
+    A strategy that gives each client a model of its own says so by ``personal``, keeps what is the client's in its
+    memory, and may start elsewhere: ``start`` makes one set of parameters, or several by name, which are then trained at
+    once, each on the same examples. The gradients that ``correct`` is given, and ``local.params``, are trees like it.
     """
 
     init: Callable[[Tree], Tree]  # params -> state
@@ -79,6 +83,8 @@ class Strategy(NamedTuple):
     broadcast: Callable[[Tree], Tree] = lambda state: {"params": state["params"]}
     correct: Callable[[Tree, Tree, Tree, Tree], Tree] = lambda grads, params, cast, memory: grads
     remember: Callable[[Tree], Tree] = lambda params: {}  # a new client's memory
+    start: Callable[[Tree, Tree], Tree] = lambda cast, memory: cast["params"]  # where local training starts
+    personal: Callable[[Tree, Tree], Tree] | None = None  # cast, memory -> the client's own model
     reduce: Reduce = SUM
     needs_loss: bool = False  # whether ``report`` reads ``local.loss``, which DP-SGD's epsilon does not cover
     sensitivity: float | None = None  # where one client's summand is bounded for privacy: the bound, in L2 norm
@@ -104,10 +110,9 @@ def standing(strategy: Strategy, params: Tree, lr: float = 1.0) -> Tree:
     """The summand of a client that did nothing: what every summand of ``strategy`` looks like."""
     one = torch.ones(())
     cast = strategy.broadcast(strategy.init(params))
-    local = Local(
-        cast, strategy.remember(params), params, one, one, lr, seed=torch.zeros((), dtype=torch.long), loss=one
-    )
-    return strategy.report(local)[0]
+    memory = strategy.remember(params)
+    start, seed = strategy.start(cast, memory), torch.zeros((), dtype=torch.long)
+    return strategy.report(Local(cast, memory, start, one, one, lr, seed, loss=one))[0]
 
 
 def model_in(cast: Tree) -> Tree:

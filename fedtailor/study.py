@@ -4,7 +4,16 @@ import hashlib
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]  # safe as a file name and in a log
 Rate = Annotated[float, Field(gt=0, le=1)]
@@ -41,6 +50,27 @@ class LocalTraining(Frozen):
     steps: PositiveInt
     rate: Rate
     lr: PositiveFloat
+    within_s: PositiveFloat | None = None  # a site that is slower takes fewer steps, one at least; None: all of them
+
+
+class Buffer(Frozen):
+    """Rounds that do not wait for everybody: who is slow answers a later round, and counts less for it.
+
+    Nguyen et al. 2022, Federated Learning with Buffered Asynchronous Aggregation, https://arxiv.org/abs/2106.06639. Unlike
+    there, a quorum of a round's answers must be to that round's own model: it is what a site's minimum cohort rests on.
+    """
+
+    answers: PositiveInt  # that close a round, a quorum of them to its own question
+    exponent: NonNegativeFloat = 0.5  # an answer t rounds late counts (1 + t) ** -exponent
+    oldest: PositiveInt = 10  # rounds late, and it does not count at all
+
+    def weight(self, late: int) -> float:
+        """How much an answer counts.
+
+        >>> Buffer(answers=3).weight(0), Buffer(answers=3).weight(3)
+        (1.0, 0.5)
+        """
+        return float((1 + late) ** -self.exponent)
 
 
 class RecordPrivacy(Frozen):
@@ -69,6 +99,7 @@ class Plan(Frozen):
     sites: Annotated[tuple[Name, ...], Field(min_length=1)]
     quorum: PositiveInt  # a round counts when at least this many sites replied
     deadline_s: PositiveFloat  # a round closes then, with whoever replied
+    buffer: Buffer | None = None  # None: a round waits for all sites until its deadline
     local: LocalTraining
     strategy: Spec
     recipe: Spec
@@ -82,6 +113,9 @@ class Plan(Frozen):
             raise ValueError(f"sites: {list(self.sites)} names a site twice")
         if self.quorum > len(self.sites):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.sites)} sites listed")
+        if self.buffer is not None and not self.quorum <= self.buffer.answers <= len(self.sites):
+            asked = f"buffer.answers: {self.buffer.answers} is not from the quorum, {self.quorum}, to all"
+            raise ValueError(f"{asked} {len(self.sites)} sites")
         return self
 
     def canonical(self) -> str:

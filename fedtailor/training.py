@@ -28,8 +28,23 @@ NO_LOSS = (
 
 def plain(losses: Losses) -> Gradient:
     """The gradient of the batch's loss, without any privacy."""
+    return torch.func.grad(partial(mean_loss, together(losses)))
 
-    return torch.func.grad(partial(mean_loss, losses))
+
+def together(losses: Losses) -> Losses:
+    """``losses`` of several models at once: each example's loss is the sum of its losses under each.
+
+    So each model's gradient is its own, and one clipping bounds what an example does to all of them together.
+
+    Shapes:
+        params: the parameters of one model, or those of several, by name.
+    """
+
+    def fn(params: Tree, x: Tensor, y: Tensor) -> Tensor:
+        several = [one for one in params.values() if isinstance(one, dict)]
+        return torch.stack([losses(one, x, y) for one in several]).sum(0) if several else losses(params, x, y)
+
+    return fn
 
 
 def mean_loss(losses: Losses, params: Tree, batch: Tree) -> Tensor:
@@ -51,8 +66,10 @@ def clipped(losses: Losses, clip: float) -> Gradient:
         batch: as above, and ``noise``, a tree like the parameters, already scaled to ``clip * z``.
     """
 
+    every = together(losses)
+
     def one(params: Tree, x: Tensor, y: Tensor) -> Tree:
-        example = torch.func.grad(lambda p: losses(p, x[None], y[None])[0])(params)
+        example = torch.func.grad(lambda p: every(p, x[None], y[None])[0])(params)
         return tree.clip(example, clip)
 
     def gradient(params: Tree, batch: Tree) -> Tree:
@@ -63,7 +80,13 @@ def clipped(losses: Losses, clip: float) -> Gradient:
     return gradient
 
 
-def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losses | None = None) -> Train:
+def local_train(
+    gradient: Gradient,
+    strategy: Strategy,
+    lr: float,
+    losses: Losses | None = None,
+    over: Callable[[], bool] = lambda: False,
+) -> Train:
     """Build ``train(cast, memory, batches, live, num_examples) -> (summand, memory)``: plain local SGD.
 
     Args:
@@ -72,6 +95,7 @@ def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losse
         lr: the client's learning rate.
         losses: for a strategy that needs each client's loss: it is measured at the cast parameters, on the examples of
             this round's steps. None where training is private, because no guarantee covers that figure.
+        over: asked before every step but the first, whether the client's time is over; it reports the steps it took.
 
     Shapes:
         batches: leaves ``[S, ...]`` for S local steps, among them ``seed``, if a strategy makes random choices; live:
@@ -84,11 +108,14 @@ def local_train(gradient: Gradient, strategy: Strategy, lr: float, losses: Losse
         raise ConfigError(NO_LOSS)
 
     def train(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
-        params, loss = cast["params"], None
+        params, loss = strategy.start(cast, memory), None
         if strategy.needs_loss and losses is not None:
-            each = [mean_loss(losses, params, tree.at(batches, step)) for step in range(len(live))]
+            each = [mean_loss(losses, cast["params"], tree.at(batches, step)) for step in range(len(live))]
             loss = (torch.stack(each) * live).sum() / live.sum()
         for step, alive in enumerate(live.unbind()):
+            if step and over():
+                live = live[:step]
+                break
             grads = strategy.correct(gradient(params, tree.at(batches, step)), params, cast, memory)
             params = tree.map(lambda p, g, rate=lr * alive: p - rate * g, params, grads)
         seed = batches["seed"][0] if "seed" in batches else None

@@ -26,8 +26,9 @@ from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Result
+from fedtailor.server.folding import advance, close_round
 from fedtailor.server.record import Progress, noted, result_of
-from fedtailor.server.rounds import Answer, advance, close_round
+from fedtailor.server.rounds import Answer
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.tree import Tree
 from fedtailor.wire import Report, Visit

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 from fedtailor.recipe import Metrics
 from fedtailor.result import (
     Ending,
+    Kind,
     Result,
     SiteResult,
     Timing,
@@ -14,7 +15,7 @@ from fedtailor.result import (
     versions,
     weighted,
 )
-from fedtailor.server.rounds import Closed
+from fedtailor.server.folding import Closed
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
 
@@ -28,7 +29,7 @@ class Progress(NamedTuple):
     round_s: tuple[float, ...] = ()
     work_s: tuple[float, ...] = ()  # the slowest site's own work in each round
     wall_s: float = 0.0
-    sites: dict[str, dict[str, Any]] = {}  # name -> rows, epsilon, bytes, baseline
+    sites: dict[str, dict[str, Any]] = {}  # name -> rows, epsilon, bytes, personal, baseline
     last: Any = None  # of the round before: fedtailor.server.vouching.Last
     inside: tuple[str, ...] = ()  # sites whose answers are in the model
 
@@ -40,11 +41,12 @@ def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: f
         site = sites.setdefault(name, {"bytes_sent": 0, "bytes_received": 0})
         site |= {"rows": report.rows, "train_rows": report.train_rows, "epsilon": report.epsilon}
         site["bytes_sent"] += closed.received[name]
-        if report.baseline is not None:
-            site["baseline"] = report.baseline
+        measured = {"personal": report.personal, "baseline": report.baseline}
+        site |= {which: metrics for which, metrics in measured.items() if metrics is not None}
     for name, size in closed.sent.items():
         sites.setdefault(name, {"bytes_sent": 0, "bytes_received": 0})["bytes_received"] += size
-    metrics = {name: report.metrics for name, report in sorted(closed.reports.items()) if report.metrics is not None}
+    reports = sorted(closed.reports.items())
+    metrics = {name: one.metrics for name, one in reports if one.metrics is not None and one.round == round}
     history = [*progress.history, {"round": round, "sites": metrics}] if metrics else progress.history
     dropped = [{"round": round, "site": site, "code": code} for site, code in sorted(closed.dropped.items())]
     work = max((report.seconds for report in closed.reports.values()), default=0.0)
@@ -68,10 +70,14 @@ def result_of(
     known = {name: site for name, site in progress.sites.items() if "rows" in site}
     rows = {name: int(site["train_rows"]) for name, site in known.items()}
     alone = {name: site["baseline"] for name, site in known.items() if "baseline" in site}
+    personal = {name: site["personal"] for name, site in known.items() if "personal" in site}
+    kinds: dict[Kind, dict[str, Metrics]] = {"local_only": alone, "federated": final}
+    if personal:
+        kinds["personal"] = personal
     sites = {
         name: SiteResult(
             rows=site["rows"],
-            metrics={"local_only": alone.get(name, {}), "federated": final.get(name, {})},
+            metrics={kind: by_site.get(name, {}) for kind, by_site in kinds.items()},
             epsilon=site["epsilon"],
             bytes_sent=site["bytes_sent"],
             bytes_received=site["bytes_received"],
@@ -84,7 +90,7 @@ def result_of(
         strategy=plan.strategy.target.rpartition(".")[2],
         rounds=progress.round,
         sites=sites,
-        metrics={"local_only": weighted(alone, rows), "federated": weighted(final, rows)},
+        metrics={kind: weighted(by_site, rows) for kind, by_site in kinds.items()},
         privacy=None if plan.privacy is None else privacy_result(plan.privacy, max(spent, default=0.0)),
         timing=Timing(
             wall_s=progress.wall_s, setup_s=setup_s, round_s=list(progress.round_s), work_s=list(progress.work_s)

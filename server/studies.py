@@ -16,9 +16,9 @@ from fedtailor.events import Events
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Ending
+from fedtailor.server.folding import advance
 from fedtailor.server.listener import Bell
 from fedtailor.server.record import Progress, noted, result_of
-from fedtailor.server.rounds import advance
 from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting, Tour
 from fedtailor.strategy import Strategy, model_in

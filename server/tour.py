@@ -12,16 +12,17 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtailor import store, tree, wire
 from fedtailor.errors import ConfigError
 from fedtailor.events import Events
+from fedtailor.server.folding import Closed, close_round
 from fedtailor.server.listener import Bell
 from fedtailor.server.record import Progress
-from fedtailor.server.rounds import Answer, Closed, Flag, answers, close_round
+from fedtailor.server.rounds import Answer, Flag, Standing, answers
 from fedtailor.server.runs import Run
 from fedtailor.server.superlink import SuperLink
 from fedtailor.server.vouching import Heads, Last, Vouch, last_from, last_of
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
-from fedtailor.wire import Visit
+from fedtailor.wire import Report, Visit
 
 PROPOSAL_S = 10.0  # for the sites that are there to answer a proposal
 ASK_AGAIN_S = 1.0  # of those who have not decided, at first
@@ -57,6 +58,8 @@ class Tour:
         self.spool = run.folder / "spool"
         self.spool.mkdir(exist_ok=True)
         self.ticked = 0.0
+        self.standing: dict[str, Standing] = {}  # what sites have not answered yet, where rounds do not wait for them
+        self.round, self.came = 0, list[Report]()  # the open round, and the answers that count in it
 
     def state(self) -> Tree:
         """The strategy's state after the last closed round."""
@@ -80,7 +83,7 @@ class Tour:
         stop = _Either(self.setting.halt, self.setting.stop)
         while not stop.is_set():
             undecided = tuple(site for site in plan.sites if site not in agreed and site not in refused)
-            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None, stop):
+            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None, stop, {}):
                 if answer.path is not None:
                     answer.path.unlink(missing_ok=True)
                 if answer.code in ("late", "away"):
@@ -115,6 +118,7 @@ class Tour:
         cast_sha256 = hashlib.sha256(made[0]).hexdigest()
         visit = self._visit(round, train=train, evaluate=evaluate, baseline=baseline, cast_sha256=cast_sha256)
         sent: dict[str, int] = {}
+        self.round, self.came = round, []
         stream = self._ask(
             plan.sites,
             visit,
@@ -130,7 +134,8 @@ class Tour:
             self.proposal.leaves,
             stream,
             lambda answer: self._note(answer, round),
-            lambda site, report: self.vouch.check(site, report, visit),
+            self.vouch.check,
+            plan.buffer,
         )
         return closed._replace(sent=sent), time.monotonic() - began, last_of(visit, closed.reports)
 
@@ -160,9 +165,10 @@ class Tour:
         deadline_s: float,
         last: Last | None,
         stop: Flag,
-        sent: dict[str, int] | None = None,
+        sent: dict[str, int],
     ) -> Iterator[Answer]:
         """Send a visit to sites and yield their answers, until ``stop``; ``sent`` counts the bytes that each was sent."""
+        buffered = visit.train and self.plan.buffer is not None
         setting, shown = self.setting, self.vouch.visits(visit, last)
 
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
@@ -174,8 +180,7 @@ class Tour:
             setting.bell.ring()
             for node in ids:
                 size = len(payload) + len(shown[names[node]].model_dump_json())
-                if sent is not None:
-                    sent[names[node]] = sent.get(names[node], 0) + size
+                sent[names[node]] = sent.get(names[node], 0) + size
             return ids
 
         return answers(
@@ -183,15 +188,25 @@ class Tour:
             self.flower_run,
             push,
             sites,
+            visit,
             deadline_s=deadline_s,
             limit=self.proposal.leaves.bytes,
             spool=self.spool,
             tick=self._tick,
             bell=self.ear,
             stop=stop,
+            standing=self.standing if buffered else None,
+            enough=self._enough if buffered else lambda: False,
         )
 
+    def _enough(self) -> bool:
+        """Whether the open round has what its buffer asks for."""
+        plan, fresh = self.plan, sum(report.round == self.round for report in self.came)
+        return plan.buffer is not None and len(self.came) >= plan.buffer.answers and fresh >= plan.quorum
+
     def _note(self, answer: Answer, round: int) -> None:
+        if answer.code is None and answer.report is not None:
+            self.came.append(answer.report)
         seconds = answer.report.seconds if answer.report else None
         self.events.emit(
             "reply",

@@ -94,9 +94,10 @@ class Vouch:
 
 
 def last_of(visit: Visit, reports: dict[str, Report]) -> Last:
-    """What to keep of a round that was closed with these reports."""
+    """What to keep of a round that was closed with these reports; a late one witnesses another round's model."""
     ordered = sorted(reports.items())
-    witnesses = {site: report.witness for site, report in ordered if report.witness is not None}
+    fresh = [(site, report) for site, report in ordered if report.round == visit.round]
+    witnesses = {site: report.witness for site, report in fresh if report.witness is not None}
     return Last(visit.round, visit.cast_sha256, witnesses, tuple((s, r.summand_sha256, r.salt) for s, r in ordered))
 
 

@@ -16,7 +16,7 @@ from fedtailor.simulations.folded import folded
 from fedtailor.simulations.layers import beside
 from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS
-from fedtailor.tree import Tree
+from fedtailor.tree import Params, Tree
 
 
 def block_train(
@@ -42,11 +42,10 @@ def block_train(
     """
     if strategy.needs_loss and clip is not None:
         raise ConfigError(NO_LOSS)
-    model = folded(recipe)
-    corrects = strategy.correct is not Strategy._field_defaults["correct"]
-    weighted = strategy.report if isinstance(strategy.report, WeightedChange) and strategy.reduce.is_sum else None
-    weighted = weighted if together else None
-
+    model, defaults = folded(recipe), Strategy._field_defaults
+    starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
+    weighted = strategy.report if together and not starts and strategy.reduce.is_sum else None
+    weighted = weighted if isinstance(weighted, WeightedChange) else None
     rooms: Rooms = {}
 
     def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
@@ -55,34 +54,50 @@ def block_train(
         if "seed" in batches:
             known["seed"] = batches["seed"][:, 0]
         model.tape.seed, model.tape.draws = known.get("seed"), 0
-        noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
-        thin = weighted is not None and not corrects and not noisy  # noise has no low rank
-        descent = Descent(tree.at(cast["params"], None), steps, thin, rooms)
+        shared: Params = tree.at(cast["params"], None)
         if strategy.needs_loss:
-            each = [
-                gradients.mean_losses(recipe, model, descent.params, b) for b in feed.steps(batches, rooms, noisy=False)
-            ]
-            known["loss"] = (torch.stack(each, 1) * live).sum(1) / live.sum(1)
+            fed = feed.steps(batches, rooms, noisy=False)
+            losses = torch.stack([gradients.mean_losses(recipe, model, shared, batch) for batch in fed], 1)
+            known["loss"] = (losses * live).sum(1) / live.sum(1)
+        noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
+        start = _over_clients(lambda memory: strategy.start(cast, memory), clients)(memory) if starts else shared
+        thin = weighted is not None and not corrects and not noisy  # noise has no low rank
+        sets = {name: Descent(params, steps, not starts, thin, rooms) for name, params in _sets(start).items()}
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
-        rates = (lr * live).unbind(1)
-        for batch, rate in zip(feed.steps(batches, rooms, noisy), rates, strict=True):
-            at = recipe, model, descent.params, batch
+        for batch, rate in zip(feed.steps(batches, rooms, noisy), (lr * live).unbind(1), strict=True):
+            at = recipe, model, [each.params for each in sets.values()], batch
             parts = gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
             if corrects:
-                grads = gradients.whole(descent.params, parts, clients)
-                grads |= {n: torch.addcmul(grads[n], beside(batch.scale, x), x) for n, x in batch.noise.items()}
-                descent.move(correct(grads, descent.explicit(clients), memory), rate)
+                whole = {n: gradients.whole(sets[n].params, p, clients) for n, p in zip(sets, parts, strict=True)}
+                grads = _one(whole)
+                if batch.noise:
+                    grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, batch.noise)
+                grads = correct(grads, _one({name: each.explicit(clients) for name, each in sets.items()}), memory)
+                for name, gradient in _sets(grads).items():
+                    sets[name].move(gradient, rate)
             else:
-                descent.step(parts, rate)
-                descent.move(batch.noise, rate * batch.scale)
+                for own, (name, each) in zip(parts, sets.items(), strict=True):
+                    each.step(own, rate)
+                    each.move(_sets(batch.noise).get(name, {}), rate * batch.scale)
         if weighted is not None:
             number, others = _weigh(weighted, cast, known, clients, lr)
-            return {"delta": descent.total(number, cast["params"])} | tree.map(lambda x: x.sum(0)[None], others), memory
-        ended = known | {"params": descent.explicit(clients)}
+            delta = sets[""].total(number, cast["params"])
+            return {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others), memory
+        ended = known | {"params": _one({name: each.explicit(clients) for name, each in sets.items()})}
         found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
         return found["summand"], found["memory"]
 
     return many
+
+
+def _sets(params: Tree) -> dict[str, Tree]:
+    """The sets of parameters that are trained at once, by name: one, without a name, or several."""
+    return params if any(isinstance(each, dict) for each in params.values()) else {"": params}
+
+
+def _one(sets: dict[str, Tree]) -> Tree:
+    """The inverse of :func:`_sets`."""
+    return sets.get("", sets)
 
 
 def _reported(strategy: Strategy, local: Local) -> Tree:

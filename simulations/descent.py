@@ -35,20 +35,23 @@ class Seen:
 
 @dataclass
 class Descent:
-    """Parameters ``[K, ...]`` on their way down; ``[1, ...]`` until the first step, because all clients share them.
+    """Parameters ``[K, ...]`` on their way down; ``[1, ...]`` until the first step, where all clients share them.
 
     Args:
         steps: how many there will be.
+        shared: whether all clients begin with the same.
         thin: whether the clients' own weights may never be made, where that is less work.
         rooms: for what is kept of every step.
     """
 
     params: dict[str, Any]
     steps: int
+    shared: bool = True
     thin: bool = False
     rooms: Rooms = field(default_factory=dict)
     seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
-    shared: bool = True
+    begun: bool = False
+    own: set[str] = field(default_factory=set)  # weights of this descent's making, which may be changed in place
 
     def step(self, parts: list[Part], rate: Tensor) -> None:
         """One step; ``rate [K]`` is the learning rate, 0 where the step is padding."""
@@ -57,7 +60,7 @@ class Descent:
             if part.layer.kind is not LINEAR or part.made is not None:
                 self.move(part.gradient(len(rate)), rate)
                 continue
-            if self.shared and self.thin:
+            if self.thin and self.shared and not self.begun:
                 self._begin(name, part.uses, len(rate))
             if name in self.seen:
                 self.params[name] = self.seen[name].add(part.uses, rate)
@@ -66,7 +69,7 @@ class Descent:
                     self._descend(name, given, delta, rate)
             for _, delta in part.uses:
                 self.move(part.layer.named(linear_bias(part.layer.module, delta, len(rate))), rate)
-        self.shared = False
+        self.begun = True
 
     def move(self, gradient: dict[str, Tensor], rate: Tensor) -> None:
         """``params - rate * gradient``, of those parameters that have one."""
@@ -92,12 +95,13 @@ class Descent:
         return found
 
     def _descend(self, name: str, given: Tensor, delta: Tensor, rate: Tensor) -> None:
-        """A linear layer's step without its gradient in between; in place, once the weights are the clients' own."""
+        """A linear layer's step without its gradient in between; in place, once the weights are our own."""
         clients, weight = len(rate), self.params[name]
         rows = given.reshape(clients, -1, given.shape[-1])
         scaled = delta.reshape(*rows.shape[:2], -1) * beside(rate, rows)
-        out = None if self.shared else weight
+        out = weight if name in self.own else None
         self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), scaled.mT, rows, alpha=-1, out=out)
+        self.own.add(name)
 
     def _begin(self, name: str, uses: Uses, clients: int) -> None:
         """Make room for a linear layer's rows of all steps, where that is less work than its clients' weights."""

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.recipe import Part
-from fedtailor.tree import Params, Tree
+from fedtailor.tree import Tree
 
 Noise = Callable[[Tensor, int], Iterator[Tree]]  # seeds [K], steps -> each step's noise, leaves [K, ...]
 Rooms = dict[str, Tensor]
@@ -79,9 +79,10 @@ class Feed(NamedTuple):
 NOTHING = Feed()
 
 
-def seeded(like: Params, std: float) -> Noise:
+def seeded(like: Tree, std: float) -> Noise:
     """Seeded noise of deviation ``std``, for simulations only: one stream a client, for all parameters and steps."""
-    sizes, first = [p.numel() for p in like.values()], next(iter(like.values()))
+    flat = tree.flatten(like)
+    sizes, first = [p.numel() for p in flat.values()], next(iter(flat.values()))
     total = sum(sizes)
 
     def noise(numbers: Tensor, steps: int) -> Iterator[Tree]:
@@ -94,8 +95,7 @@ def seeded(like: Params, std: float) -> Noise:
                     row.normal_(0.0, std, generator=stream)
                 drawn = drawn.to(first.device)
             now = drawn[:, step % at_once * total :][:, :total]
-            parts = torch.split(now, sizes, 1)
-            named = zip(like.items(), parts, strict=True)
-            yield {name: part.view(len(streams), *p.shape) for (name, p), part in named}
+            parts = zip(flat.items(), torch.split(now, sizes, 1), strict=True)
+            yield tree.unflatten({name: part.view(len(streams), *p.shape) for (name, p), part in parts})
 
     return noise

@@ -1,6 +1,7 @@
 """Gradients of a block of clients, from one forward pass and one backward pass over all their examples."""
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -34,37 +35,43 @@ def mean_losses(recipe: Recipe, model: Folded, params: Params, batch: Batch) -> 
         return (_losses(recipe, model, params, batch) * batch.weights).view(len(batch.scale), -1).sum(1)
 
 
-def plain(recipe: Recipe, model: Folded, params: Params, batch: Batch) -> list[Part]:
-    """What :func:`fedtailor.training.plain` makes of each client, in parts."""
-    return [Part(layer, uses) for layer, uses in _uses(model, _losses(recipe, model, params, batch), batch.weights)]
+def plain(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Batch) -> list[list[Part]]:
+    """What :func:`fedtailor.training.plain` makes of each client, in parts: of one set of parameters or more."""
+    uses = [_uses(model, _losses(recipe, model, params, batch), batch.weights) for params in several]
+    return [[Part(layer, use) for layer, use in one] for one in uses]
 
 
-def clipped(recipe: Recipe, model: Folded, params: Params, batch: Batch, clip: float) -> list[Part]:
+def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Batch, clip: float) -> list[list[Part]]:
     """What :func:`fedtailor.training.clipped` makes of each client but for the noise, in parts.
 
-    One backward pass suffices: an example's gradient is the product of what a layer was given and the gradient of what
-    it made, so that the latter, scaled, gives the sum of clipped gradients.
+    An example's gradients under several sets of parameters are clipped together. One backward pass suffices for each:
+    such a gradient is the product of what a layer was given and the gradient of what it made, so that the latter, scaled,
+    gives the sum of clipped gradients.
     """
-    clients = len(batch.scale)
-    uses = _uses(model, _losses(recipe, model, params, batch), torch.ones_like(batch.weights))
-    made: dict[str, Params] = {}  # every example's gradient, of those layers where it costs less than its length alone
-    squares = torch.stack([_squares(layer, use, made) for layer, use in uses]).sum(0)
-    gone = None
-    if not math.isfinite(float(squares.sum())):  # seldom, and so worth a second look: some lengths overflow a float32
-        again = [_squares(layer, [(_double(a), b.double()) for a, b in use], {}) for layer, use in uses]
-        squares = torch.stack(again).sum(0)
+    ones = torch.ones_like(batch.weights)
+    uses = [_uses(model, _losses(recipe, model, params, batch), ones) for params in several]
+    made: list[dict[str, Params]] = [{} for _ in uses]  # examples' gradients, where they cost less than their lengths
+    lengths = [_squares(layer, use, own) for one, own in zip(uses, made, strict=True) for layer, use in one]
+    squares, gone = torch.stack(lengths).sum(0), None
+    if not math.isfinite(float(squares.sum())):  # seldom, and so worth a second look: some may overflow float32 only
+        lengths = [
+            _squares(layer, [(_double(a), b.double()) for a, b in use], {}) for one in uses for layer, use in one
+        ]
+        squares = torch.stack(lengths).sum(0)
         gone = ~squares.isfinite()  # as in tree.clip: an example that is not finite is nothing
         squares = squares.masked_fill(gone, 0.0)
     scale = (clip / (squares.sqrt() + 1e-12)).clamp_(max=1.0) * batch.weights
-    parts = []
-    for layer, use in uses:
-        if layer.name in made:
-            each = {name: _without(g, gone) for name, g in made[layer.name].items()}
-            parts.append(Part(layer, [], {name: _weighted(scale, g, clients) for name, g in each.items()}))
-        else:
-            scaled = [(_without(given, gone), _without(delta, gone) * beside(scale, delta)) for given, delta in use]
-            parts.append(Part(layer, scaled))
-    return parts
+    return [
+        [_scaled(layer, use, own.get(layer.name), scale, gone, len(batch.scale)) for layer, use in one]
+        for one, own in zip(uses, made, strict=True)
+    ]
+
+
+def _scaled(layer: Layer, uses: Uses, made: Params | None, scale: Tensor, gone: Tensor | None, clients: int) -> Part:
+    """A layer's part, each example's share scaled by ``scale [K * B]``, and without those that are ``gone``."""
+    if made is not None:
+        return Part(layer, [], {name: _weighted(scale, _without(g, gone), clients) for name, g in made.items()})
+    return Part(layer, [(_without(a, gone), _without(b, gone) * beside(scale, b)) for a, b in uses])
 
 
 def _squares(layer: Layer, uses: Uses, made: dict[str, Params]) -> Tensor:

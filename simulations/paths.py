@@ -1,6 +1,7 @@
 """Which way a block of clients is trained: one batched computation, ``vmap`` of one client's training, or a loop."""
 
 import time
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -89,11 +90,13 @@ def unfit(task: Task, first: Round) -> str | None:
     """Why a model cannot be batched; None where it can, and two clients' two steps agree with one at a time."""
     recipe = task.recipe._replace(model=lambda: _without_dropout(task.recipe.model()))
     trial = first.of(2, 2)
-    cast = {"params": first.cast["params"]}
-    batches = task.feed.all(trial.batches)
-    still = tree.map(lambda p: torch.zeros(()).expand(*batches["live"].shape[:2], *p.shape), cast["params"])
-    batches = {"noise": still} | batches | {"live": torch.ones_like(batches["live"])}
-    nothing: Tree = {}
+    cast, nothing = {"params": first.cast["params"]}, Tree()
+    batches = Feed(task.feed.data).all({k: v for k, v in trial.batches.items() if k not in ("noise", "noise_seed")})
+    size = batches["live"].shape[:2]
+    batches |= {
+        "live": torch.ones_like(batches["live"]),
+        "noise": tree.map(lambda p: torch.zeros(()).expand(*size, *p.shape), cast["params"]),
+    }
     inputs = cast, nothing, batches, torch.ones_like(trial.live), trial.num_examples
     try:
         many = block_train(recipe, fedavg(), task.lr, task.clip)
@@ -105,9 +108,9 @@ def unfit(task: Task, first: Round) -> str | None:
         return str(error)
     except Exception as error:  # whatever a model's code does that clients folded into the batch cannot
         return f"with clients folded into the batch it fails: {type(error).__name__}: {error}"
-    train = _train(task, recipe, fedavg())
-    alone = [train(cast, nothing, tree.at(batches, k), inputs[3][k], inputs[4][k]) for k in range(len(trial.live))]
-    for name, expected in tree.stack([summand["delta"] for summand, _ in alone]).items():
+    with warnings.catch_warnings(action="ignore"):  # that torch has no batching rule for this or that, and is slow
+        alone = looped(_train(task, recipe, fedavg()))(*inputs)[0]["delta"]
+    for name, expected in alone.items():
         a, b = found[name].nan_to_num(), expected.nan_to_num()
         if (a - b).norm() > 1e-2 * b.norm() + 1e-6:
             return f"with clients folded into the batch, {name} learns something else: does the model mix examples?"
@@ -120,7 +123,8 @@ def sensible(task: Task, first: Round) -> int:
     weighted = isinstance(task.strategy.report, WeightedChange) and task.strategy.reduce.is_sum
     corrects = task.strategy.correct is not Strategy._field_defaults["correct"]
     rows = first.batches["live"][0].numel()
-    thin = task.together and weighted and not corrects and not noisy
+    starts = task.strategy.start is not Strategy._field_defaults["start"]
+    thin = task.together and weighted and not corrects and not starts and not noisy
     params: Params = first.cast["params"]
     own = [p for p in params.values() if not (thin and p.dim() == 2 and rows * sum(p.shape) <= 2 * p.numel())]
     size = sum(p.numel() * p.element_size() for p in own)

@@ -43,8 +43,9 @@ def read(path: Path, sites: tuple[str, ...]) -> dict[str, Policy]:
 
 def judge(plan: Plan, policies: Mapping[str, Policy]) -> dict[str, list[Rule]]:
     """Each site's verdict on a plan. A site without a policy refuses everything, and so has no verdict here."""
-    size = agreed(plan.canonical()).bytes
-    return {site: verdict(policies[site], plan, Case(site, [], size)) for site in plan.sites if site in policies}
+    leaves = agreed(plan.canonical())
+    known = [site for site in plan.sites if site in policies]
+    return {site: verdict(policies[site], plan, Case(site, [], leaves.bytes, leaves.models)) for site in known}
 
 
 class Gate(NamedTuple):

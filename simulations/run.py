@@ -8,19 +8,19 @@ import torch
 from torch import Tensor
 
 from fedtailor import recipe as recipes
-from fedtailor import seeds, tree
+from fedtailor import tree
 from fedtailor.baseline import train_alone
-from fedtailor.batches import choices, draw, numbered
 from fedtailor.config import BlockPath, build
-from fedtailor.errors import ConfigError, ContractError, RefusedError
+from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve
-from fedtailor.recipe import Dataset, Metrics, Part, Recipe
-from fedtailor.result import Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.recipe import Dataset, Metrics, Recipe
+from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
+from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
+from fedtailor.simulations.cohort import batches_of, feed_of, prepared, with_rows
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.engine import simulate_round
-from fedtailor.simulations.feed import Feed, seeded
 from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.sources import DataSource
@@ -38,6 +38,7 @@ def simulate(
     block: int = 64,
     path: BlockPath = "auto",
     policies: Mapping[str, Policy] | None = None,
+    step_s: Mapping[str, float] | None = None,
     on_event: OnEvent = lambda event: None,
 ) -> tuple[Result, Params]:
     """Run ``plan`` with one client a site.
@@ -52,6 +53,8 @@ def simulate(
         path: how a block is trained; an event of kind ``path`` says which way was taken, and why.
         policies: each site's rules; None: nobody asks them. With rules, what they refuse does not take part, and what
             leaves passes the same list as in a deployment.
+        step_s: virtual seconds of a local step, by site, 1 where nothing is said: for plans whose rounds do not wait for
+            everybody, or give a site only so much time.
 
     Raises:
         RefusedError: if the rules or the data leave fewer sites than the quorum.
@@ -69,14 +72,20 @@ def simulate(
     start = recipes.initial(recipe, plan.seed)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
+    like = strategy.start(strategy.broadcast(state), strategy.remember(start))
     counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
-    live = torch.ones(len(plan.sites), plan.local.steps)
+    speeds = torch.tensor([(step_s or {}).get(site, 1.0) for site in plan.sites])
+    taken, clock = steps_within(plan, speeds), Clock(0.0)
+    live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
+    stale: list[dict[str, Any]] = []
     keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
-    feed = feed_of(plan, data, start)
+    feed = feed_of(plan, data, like)
     clip = None if plan.privacy is None else plan.privacy.clip
     large = len(plan.sites) * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
-    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together=gate is None and large)
+    task = Task(
+        recipe, strategy, plan.local.lr, clip, feed, block, together=gate is None and plan.buffer is None and large
+    )
     way = choose(path, task, Round(strategy.broadcast(state), memory, batches_of(plan, data, 0), live, counts))
     on_event({"kind": "path", "path": way.path, "block": way.block, "why": way.why, "seconds": way.seconds})
 
@@ -87,23 +96,27 @@ def simulate(
 
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
-        clock = time.monotonic()
+        began_round = time.monotonic()
         if round % plan.evaluation.every == 0:
             history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
-        batches = batches_of(plan, data, round)
-        state, memory = simulate_round(
-            strategy, way.many, state, memory, batches, live, counts, round, way.block, keep, smaller
-        )
+        given = (strategy, way.many, state, memory, batches_of(plan, data, round), live, counts, round)
+        if plan.buffer is None:
+            state, memory = simulate_round(*given, way.block, keep, smaller)
+        else:
+            state, memory, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
+            stale += old
         if (
             gate is not None
             and len(plan.sites) - len({entry["site"] for entry in gate.dropped} & set(plan.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
-        round_s.append(time.monotonic() - clock)
+        round_s.append(time.monotonic() - began_round)
         on_event({"kind": "round", "round": round + 1, "rounds": plan.rounds})
     history.append({"round": plan.rounds, "sites": measured(recipe, strategy, state, data)})
     alone: dict[str, Metrics] = {}
+    own = personal(recipe, strategy, state, memory, data)
     if gate is not None:
+        own = _left(gate, own, data, -2)
         for past in history:
             past["sites"] = _left(gate, past["sites"], data, past["round"])
     if plan.evaluation.baseline:
@@ -114,6 +127,9 @@ def simulate(
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
     spent = _epsilon(plan)
+    kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
+    if own:
+        kinds["personal"] = own
     result = Result(
         study=plan.study,
         strategy=plan.strategy.target.rpartition(".")[2],
@@ -121,14 +137,14 @@ def simulate(
         sites={
             site: SiteResult(
                 rows=data[site].rows,
-                metrics={"local_only": alone.get(site, {}), "federated": history[-1]["sites"].get(site, {})},
+                metrics={kind: by_site.get(site, {}) for kind, by_site in kinds.items()},
                 epsilon=spent,
                 bytes_sent=0,
                 bytes_received=0,
             )
             for site in plan.sites
         },
-        metrics={"local_only": weighted(alone, rows), "federated": weighted(history[-1]["sites"], rows)},
+        metrics={kind: weighted(by_site, rows) for kind, by_site in kinds.items()},
         privacy=None if plan.privacy is None or spent is None else privacy_result(plan.privacy, spent),
         timing=Timing(wall_s=time.monotonic() - began, setup_s=setup_s, round_s=round_s),
         transport=None,
@@ -136,7 +152,7 @@ def simulate(
         seed=plan.seed,
         model=model_file(params),
         versions=versions(),
-        dropped=empty + ([] if gate is None else gate.dropped),
+        dropped=empty + stale + ([] if gate is None else gate.dropped),
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
@@ -148,66 +164,21 @@ def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Datase
     return {site: metrics for site, metrics in left.items() if metrics is not None}
 
 
-def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> dict[str, Dataset]:
-    """Every site's data, prepared; an error names the site."""
-    found = {}
-    for site in plan.sites:
-        if site not in sources:
-            raise ConfigError(f"sites: there is no data for {site!r}; there is for {', '.join(sorted(sources))}")
-        try:
-            found[site] = recipe.prepare(sources[site].table())
-        except ContractError as error:
-            raise ContractError(f"{site}: {error}") from error
-    return found
-
-
-def with_rows(plan: Plan, data: dict[str, Dataset]) -> tuple[Plan, list[dict[str, Any]]]:
-    """The plan and the data of those sites that have a row to train on, and an entry for each of the others.
-
-    Raises:
-        RefusedError: code ``quorum``, if too few have any.
-    """
-    sites = tuple(site for site in plan.sites if len(data[site].train.y))
-    without = [site for site in plan.sites if site not in sites]
-    if len(sites) < plan.quorum:
-        raise RefusedError(
-            f"{len(sites)} of {len(plan.sites)} sites have rows, the quorum is {plan.quorum}", code="quorum"
-        )
-    for site in without:
-        del data[site]
-    return plan.model_copy(update={"sites": sites}), [{"round": 0, "site": site, "code": "empty"} for site in without]
-
-
-def feed_of(plan: Plan, data: Mapping[str, Dataset], start: Params) -> Feed:
-    """All sites' training rows one after another, and their noise."""
-    parts = [data[site].train for site in plan.sites]
-    table = Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
-    if plan.privacy is None or plan.privacy.noise_multiplier is None:
-        return Feed(table)
-    return Feed(table, seeded(start, plan.privacy.noise_multiplier * plan.privacy.clip))
-
-
-def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
-    """One round's batches of every site, ``[K, S, ...]``, padded to the largest: rows of :func:`feed_of`'s table."""
-    sizes = torch.tensor([len(data[site].train.y) for site in plan.sites])
-    masks = [draw(plan.local, int(n), plan.seed, round, site) for n, site in zip(sizes, plan.sites, strict=True)]
-    rows, live = numbered(masks)
-    batches = {
-        "rows": rows + (sizes.cumsum(0) - sizes)[:, None, None],
-        "live": live,
-        "scale": (1.0 / (plan.local.rate * sizes))[:, None].expand(-1, plan.local.steps),
-        "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
-    }
-    if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
-        numbers = [seeds.number(plan.seed, "noise", round, site) for site in plan.sites]
-        batches["noise_seed"] = torch.tensor(numbers)
-    return batches
-
-
 def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
     """The current model's metrics at every site."""
     params = model_in(strategy.broadcast(state))
     return {site: recipes.evaluate(recipe, params, one.test) for site, one in data.items()}
+
+
+def personal(
+    recipe: Recipe, strategy: Strategy, state: Tree, memory: Tree, data: Mapping[str, Dataset]
+) -> dict[str, Metrics]:
+    """The metrics of each site's own model; empty where the strategy gives it none."""
+    if strategy.personal is None:
+        return {}
+    cast = strategy.broadcast(state)
+    own = {site: strategy.personal(cast, tree.at(memory, k)) for k, site in enumerate(data)}
+    return {site: recipes.evaluate(recipe, own[site], one.test) for site, one in data.items()}
 
 
 def _epsilon(plan: Plan) -> float | None:

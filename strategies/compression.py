@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import Local, Strategy, tree
-from fedtailor.strategies.inner import nothing
+from fedtailor.strategies.inner import inner, nothing
 from fedtailor.tree import Tree
 
 Shrink = Callable[[Tree, Tensor | None], Tree]  # what there is to say, the round's seed -> what is sent
@@ -20,24 +20,27 @@ Shrink = Callable[[Tree, Tensor | None], Tree]  # what there is to say, the roun
 def with_feedback(of: Strategy, shrink: Shrink) -> Strategy:
     """``of``, whose summands are shrunk. Single numbers beside the tensors, such as a weight, pass as they are."""
 
-    def inside(memory: Tree) -> Tree:
-        found: Tree = memory.get("of", {})  # a file keeps no empty branch
-        return found
-
     def report(local: Local) -> tuple[Tree, Tree]:
-        summand, memory = of.report(local._replace(memory=inside(local.memory)))
+        summand, memory = of.report(local._replace(memory=inner(local.memory)))
         wanted = tree.map(torch.add, _tensors(summand), local.memory["error"])
         sent = shrink(wanted, local.seed)
         error = tree.map(torch.sub, wanted, sent)
         return summand | sent, {"error": error, "of": memory}
 
     def correct(grads: Tree, params: Tree, cast: Tree, memory: Tree) -> Tree:
-        return of.correct(grads, params, cast, inside(memory))
+        return of.correct(grads, params, cast, inner(memory))
 
     def remember(params: Tree) -> Tree:
         return {"error": _tensors(nothing(of, params)), "of": of.remember(params)}
 
-    return of._replace(report=report, correct=correct, remember=remember)
+    own = of.personal
+    return of._replace(
+        report=report,
+        correct=correct,
+        remember=remember,
+        start=lambda cast, memory: of.start(cast, inner(memory)),
+        personal=None if own is None else lambda cast, memory: own(cast, inner(memory)),
+    )
 
 
 def _tensors(summand: Tree) -> Tree:

@@ -42,7 +42,21 @@ def _strategy(value: Any) -> Strategy:
     return found
 
 
+def _shared(value: Any) -> Strategy:
+    found = _strategy(value)
+    if found.personal is not None:
+        raise ValueError("it gives each site a model of its own, and must go round this one, not inside it")
+    return found
+
+
 Inner = Annotated[Strategy, PlainValidator(_strategy)]
+Shared = Annotated[Strategy, PlainValidator(_shared)]  # for what must know which model a gradient or a change is of
+
+
+def inner(memory: Tree) -> Tree:
+    """What the strategy inside remembers, where a wrapper remembers too; a file keeps no empty branch."""
+    found: Tree = memory.get("of", {})
+    return found
 
 
 def values(summand: Tree) -> Tree:

@@ -48,11 +48,20 @@ def finite(total: Tree) -> Tree:
     Raises:
         ConfigError: code ``nonfinite``, if there is none.
     """
-    replies = values(total)
-    alive = norms(replies).isfinite()
-    if not alive.any():
-        raise ConfigError(f"none of the round's {len(alive)} replies is finite", code="nonfinite")
-    return replies if alive.all() else tree.map(lambda x: x[alive], replies)
+    replies, kept = values(total), alive(total)
+    return replies if kept.all() else tree.at(replies, kept)
+
+
+def alive(total: Tree) -> Tensor:
+    """Which replies of a stack ``[K]`` are finite, their weights set aside.
+
+    Raises:
+        ConfigError: code ``nonfinite``, if none is.
+    """
+    kept = norms(values(total)).isfinite()
+    if not kept.any():
+        raise ConfigError(f"none of the round's {len(kept)} replies is finite", code="nonfinite")
+    return kept
 
 
 def size(replies: Tree) -> int:

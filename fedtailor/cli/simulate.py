@@ -45,7 +45,13 @@ def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -
                 )
 
         result, params = run_study(
-            plan, sources, block=simulation.block, path=simulation.path, policies=rules, on_event=on_event
+            plan,
+            sources,
+            block=simulation.block,
+            path=simulation.path,
+            policies=rules,
+            step_s=simulation.step_s,
+            on_event=on_event,
         )
     folder = out or Path("outputs") / "simulate" / plan.study
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)

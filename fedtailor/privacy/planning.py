@@ -18,6 +18,8 @@ def resolve(plan: Plan) -> Plan:
     """
     if plan.privacy is not None and build(plan.strategy, Strategy).needs_loss:
         raise ConfigError(NO_LOSS)
+    if plan.buffer is not None and not build(plan.strategy, Strategy).reduce.is_sum:
+        raise ConfigError("buffer: a late answer counts less, which only a strategy that sums its summands can do")
     if plan.privacy is None or plan.privacy.noise_multiplier is not None:
         return plan
     steps = plan.rounds * plan.local.steps

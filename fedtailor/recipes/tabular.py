@@ -1,6 +1,7 @@
 """Binary classification of a table: logistic regression, or a small perceptron with LayerNorm."""
 
 import hashlib
+from collections import OrderedDict
 from typing import Annotated, Literal
 
 import torch
@@ -17,9 +18,9 @@ from fedtailor.recipes.splits import held_out
 class Logit(nn.Module):
     """A network with one output, as logits ``[B]``."""
 
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, **layers: nn.Module) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*layers)
+        self.layers = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, D]`` to ``[B]``."""
@@ -52,11 +53,12 @@ def tabular(
 
     def module() -> nn.Module:
         if model == "mlp":
-            return Logit(nn.Linear(width, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, 1))
+            body, norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
+            return Logit(body=body, norm=norm, act=nn.GELU(), head=nn.Linear(hidden, 1))
         linear = nn.Linear(width, 1)
         nn.init.zeros_(linear.weight)  # a convex problem: every start is as good, and zero is fair to all sites
         nn.init.zeros_(linear.bias)
-        return Logit(linear)
+        return Logit(head=linear)
 
     def prepare(table: Table) -> Dataset:
         rows = check(agreed, table)

@@ -92,23 +92,30 @@ def release(part, rng, z, *, rec=LINEAR, the_plan=None, **kw):
     return private_train(rec, part, the_plan or plan(), z, GRADIENTS, cast, {}, rng, **kw)[0]
 
 
-@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold"])
+@pytest.mark.parametrize("name", ["fedavg", "fedprox", "scaffold", "fedper", "ditto"])
 @pytest.mark.parametrize("batch", [3, 256])
 def test_it_equals_the_reference_given_the_same_masks_and_noise(name, batch, part):
     strategy = {
         "fedavg": strategies.fedavg(),
         "fedprox": strategies.fedprox(mu=0.3),
         "scaffold": strategies.scaffold(2),
+        "fedper": strategies.fedper(own=["2.*"]),
+        "ditto": strategies.ditto(pull=0.3),
     }[name]
     rec, the_plan, z, rng = recipe(), plan(), 0.8, Recorded(KEY)
     start = initial(rec, 1)
     cast, memory = strategy.broadcast(strategy.init(start)), strategy.remember(start)
     if name == "scaffold":
         cast["control"] = tree.map(lambda p: torch.full_like(p, 0.01), start)
+    if "own" in memory:  # as after a round: not where the shared model is
+        memory["own"] = tree.map(lambda p: p + 0.1, memory["own"])
     got = private_train(rec, part, the_plan, z, strategy, cast, memory, rng, max_physical_batch=batch)
     batches = pack(part, torch.stack(rng.masks).float(), the_plan.local.rate)
+    paths = list(tree.flatten(strategy.start(cast, memory)))
+    assert len(rng.noises) == 4 * len(paths)  # one draw for each tensor that is trained
     steps = [
-        dict(zip(start, rng.noises[i : i + len(start)], strict=True)) for i in range(0, len(rng.noises), len(start))
+        tree.unflatten(dict(zip(paths, rng.noises[i : i + len(paths)], strict=True)))
+        for i in range(0, len(rng.noises), len(paths))
     ]
     batches["noise"] = tree.stack(steps)
     train = local_train(clipped(losses(rec), CLIP), strategy, the_plan.local.lr)

@@ -23,7 +23,7 @@ from fedtailor.plots import curves, rounds_png
 from fedtailor.report import console_table, write_run
 from fedtailor.result import PrivacyResult, Result, model_bytes, model_file, versions, weighted
 
-PARAMS = {"layers.0.weight": torch.tensor([[1.5, -2.0]]), "layers.0.bias": torch.zeros(1)}
+PARAMS = {"layers.head.weight": torch.tensor([[1.5, -2.0]]), "layers.head.bias": torch.zeros(1)}
 FILES = ["model.safetensors", "rounds.png", "model_card.md", "config.yaml", "result.json"]
 PLAN = load(["study=heart"]).plan
 GOOD = {"auroc": 0.81, "accuracy": 0.7512, "loss": 0.5}
@@ -149,7 +149,7 @@ def test_a_run_that_cannot_be_written_has_no_result_not_even_an_earlier_one(tmp_
 
 def test_a_folder_or_a_model_that_does_not_fit_is_refused(tmp_path):
     with pytest.raises(StoreError, match=r"model\.safetensors is not the model that the result describes"):
-        write(tmp_path / "run", params=PARAMS | {"layers.0.bias": torch.ones(1)})
+        write(tmp_path / "run", params=PARAMS | {"layers.head.bias": torch.ones(1)})
     assert not (tmp_path / "run" / "result.json").exists()
     (tmp_path / "file").touch()
     with pytest.raises(StoreError, match="cannot be made: Not a directory; choose another folder"):

@@ -253,7 +253,9 @@ def va():
 @pytest.mark.parametrize("name", choices("strategy"))
 def test_a_summand_is_what_local_training_really_reports(va, name, privacy):
     noise = ["privacy.noise_multiplier=2.0"] if privacy == "record" else []
-    plan = load(["study=heart", "local.steps=1", f"strategy={name}", f"privacy={privacy}", *noise]).plan
+    plan = load(
+        ["study=heart", "local.steps=1", "recipe.model=mlp", f"strategy={name}", f"privacy={privacy}", *noise]
+    ).plan
     strategy, start = build(plan.strategy, Strategy), recipes.initial(build(plan.recipe, Recipe), plan.seed)
     visit = Visit(run="r", round=0, train=True, evaluate=False, baseline=False, plan=plan.canonical(), cast_sha256=DIGEST)  # fmt: skip
     cast = strategy.broadcast(strategy.init(start))

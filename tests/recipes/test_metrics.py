@@ -110,6 +110,6 @@ def test_a_huge_logit_is_no_infinite_loss():
 def test_a_part_that_is_too_small_is_measured_by_no_name():
     recipe = tabular("heart")
     params = {name: p.detach() for name, p in recipe.model().named_parameters()}
-    part = Part(torch.randn(12, params["layers.0.weight"].shape[1]), labels(6, 6))
+    part = Part(torch.randn(12, params["layers.head.weight"].shape[1]), labels(6, 6))
     assert none(evaluate(recipe, params, part, minimum=13)) == NAMES
     assert evaluate(recipe, params, part, minimum=12) == binary(torch.zeros(12), part.y)

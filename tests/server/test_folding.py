@@ -11,7 +11,8 @@ from fedtailor import strategies, tree, wire
 from fedtailor.config import load
 from fedtailor.errors import ConfigError
 from fedtailor.leaving import Leaving, Tensor
-from fedtailor.server.rounds import Answer, advance, close_round
+from fedtailor.server.folding import advance, close_round
+from fedtailor.server.rounds import Answer
 from fedtailor.wire import Report, Visit
 
 VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)

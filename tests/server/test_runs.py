@@ -10,9 +10,9 @@ import torch
 
 from fedtailor.config import load
 from fedtailor.errors import ConfigError, StoreError
+from fedtailor.server.folding import Closed
 from fedtailor.server.home import Home, ServerConfig
 from fedtailor.server.record import Progress, noted, result_of
-from fedtailor.server.rounds import Closed
 from fedtailor.server.runs import Run
 from fedtailor.wire import Report
 
@@ -162,8 +162,8 @@ def test_the_record_adds_up_what_rounds_brought():
     assert record.sites["a"]["bytes_sent"] == 100 and record.sites["c"] == {"bytes_sent": 0, "bytes_received": 7}
     assert (record.round_s, record.work_s) == ((4.0,), (2.0,))
     last = {
-        "a": report(metrics={"auroc": 0.5}, baseline={"auroc": 0.4}, epsilon=1.5),
-        "b": report(metrics={"auroc": 0.9}, rows=90, train_rows=60),
+        "a": report(round=1, metrics={"auroc": 0.5}, baseline={"auroc": 0.4}, epsilon=1.5),
+        "b": report(round=1, metrics={"auroc": 0.9}, rows=90, train_rows=60),
     }
     final = noted(record, PLAN, Closed(None, last, {}, {"a": 1, "b": 1}, {"a": 7, "b": 7}), 1, None)
     assert record.sites["a"]["bytes_sent"] == 100 and final.sites["a"]["bytes_sent"] == 101  # not changed in place

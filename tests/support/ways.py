@@ -39,6 +39,10 @@ WAYS: dict[str, Way] = {
         "report['baseline'] = {'auroc': float(f'0.5{secret:013d}')}",
         lambda left: int(f"{left.report()['baseline']['auroc']:.14f}"[3:]),
     ),
+    "metrics of a model that the plan does not give the site": (
+        "report['personal'] = {'auroc': float(f'0.5{secret:013d}')}",
+        lambda left: int(f"{left.report()['personal']['auroc']:.14f}"[3:]),
+    ),
     "the bits of NaNs": (
         f"n = {FIRST}; raw = bytearray(save(flat)); size = int.from_bytes(raw[:8], 'little'); "
         "at = 8 + size + json.loads(raw[8:8 + size])[n]['data_offsets'][0]\n"
