@@ -62,7 +62,7 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
     batches = {
         "rows": rows + (sizes.cumsum(0) - sizes)[:, None, None],
         "live": live,
-        "scale": (1.0 / (plan.local.rate * sizes))[:, None].expand(-1, plan.local.steps),
+        "scale": (1.0 / (plan.local.rate * sizes.double())).float()[:, None].expand(-1, plan.local.steps),
         "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
     }
     if plan.privacy is not None and plan.privacy.noise_multiplier is not None:

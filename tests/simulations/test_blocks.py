@@ -1,144 +1,23 @@
 """A block of clients at once is the same clients one at a time: for every kind of layer, plain and clipped."""
 
-import math
-
 import pytest
 import torch
-from torch import nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
+from folk import CLIP, MODELS, B, K, S, assert_close, made, one_by_one, reference, started, world
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
 
-from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
-from fedtailor.recipe import Recipe
+from fedtailor.client.safe_optimizer import quiet_hooks
+from fedtailor.recipe import Part
 from fedtailor.simulations.blocks import block_train
-from fedtailor.simulations.engine import simulate_round, vmapped
-from fedtailor.simulations.folded import NotBatchable
-from fedtailor.training import clipped, local_train, plain
+from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.feed import Feed
+from fedtailor.strategy import Strategy, WeightedChange
 
-K, S, B, CLIP = 5, 3, 4, 0.4
-WORDS = 7
-
-
-class Text(nn.Module):
-    """Tokens [B, 6] through an embedding, attention of its own, a low-rank adapter and norms, to [B, 3]."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(WORDS, 8, padding_idx=0)
-        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
-        self.down, self.up, self.last = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False), nn.RMSNorm(8)
-        self.head = nn.Linear(8, 3)
-
-    def forward(self, tokens):
-        x = self.embed(tokens)
-        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
-        x = x + self.out(torch.softmax(q @ k.mT / 8**0.5, -1) @ v)
-        return self.head(self.last(x + self.up(self.down(x))).mean(1))
+BOTH = pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
 
 
-class Twice(nn.Module):
-    """A layer used twice, and one that is not used."""
-
-    def __init__(self):
-        super().__init__()
-        self.inner, self.head, self.idle = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
-
-
-def conv1d():
-    return nn.Sequential(nn.Conv1d(2, 4, 3, stride=2, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 3))
-
-
-def conv2d():
-    return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding="same"), nn.GroupNorm(2, 4), nn.GELU(), nn.MaxPool2d(2),
-        nn.Conv2d(4, 4, 2, padding=1, dilation=2, groups=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-        nn.Linear(4, 3),
-    )  # fmt: skip
-
-
-def numbers(*shape):
-    return lambda rng, *leading: torch.randn(*leading, *shape, generator=rng, dtype=torch.double)
-
-
-def tokens(rng, *leading):
-    return torch.randint(WORDS, (*leading, 6), generator=rng)
-
-
-MODELS = {
-    "linear": (lambda: nn.Linear(6, 3), numbers(6)),
-    "mlp": (
-        lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3, bias=False)),
-        numbers(6),
-    ),
-    "sequence": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), numbers(2, 6)),
-    "long sequence": (lambda: nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(14, 3)), numbers(7, 6)),
-    "text": (Text, tokens),
-    "twice": (Twice, numbers(6)),
-    "conv1d": (conv1d, numbers(2, 6)),
-    "conv2d": (conv2d, numbers(2, 6, 6)),
-}
-
-
-def made(name, losses=None):
-    model, inputs = MODELS[name]
-
-    def each(outputs, y):
-        return cross_entropy(outputs, y, reduction="none")
-
-    return Recipe(name, None, lambda: model().double(), losses or each, None), inputs
-
-
-def world(recipe, inputs, clip, strategy=None, seed=0):
-    """K clients of different size: padded examples, padded steps, and one that has nothing at all."""
-    rng = torch.Generator().manual_seed(seed)
-    params = recipes.initial(recipe, seed)
-    live = (torch.arange(S) < torch.tensor([S, 1, S, 2, S])[:, None]).double()
-    batches = {
-        "x": inputs(rng, K, S, B),
-        "y": torch.randint(3, (K, S, B), generator=rng),
-        "live": (torch.rand(K, S, B, generator=rng) < 0.7).double(),
-        "scale": torch.rand(K, S, generator=rng, dtype=torch.double),
-        "seed": torch.arange(K)[:, None].expand(K, S),
-    }
-    batches["live"][2] = 0
-    if clip is not None:
-        like = params if strategy is None else strategy.start({"params": params}, strategy.remember(params))
-        batches["noise"] = tree.map(lambda p: torch.randn(K, S, *p.shape, generator=rng, dtype=p.dtype), like)
-    return params, batches, live, torch.arange(1.0, K + 1, dtype=torch.double)
-
-
-def reference(recipe, strategy, clip, lr=0.3):
-    losses = recipes.losses(recipe)
-    gradient = plain(losses) if clip is None else clipped(losses, clip)
-    return local_train(gradient, strategy, lr, losses if clip is None else None)
-
-
-def one_by_one(train, cast, memory, batches, live, counts):
-    found = [train(cast, tree.at(memory, k), tree.at(batches, k), live[k], counts[k]) for k in range(len(live))]
-    return tree.stack([a for a, _ in found]), tree.stack([b for _, b in found])
-
-
-def assert_close(a, b, atol=1e-10):
-    """Of summands and memories."""
-    one, other = (tree.flatten(dict(zip(("summand", "memory"), each, strict=True))) for each in (a, b))
-    assert one.keys() == other.keys()
-    for name, x in one.items():
-        torch.testing.assert_close(x, other[name], rtol=atol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
-
-
-def started(strategy, params):
-    """A cast and memories that are not all zero."""
-    rng = torch.Generator().manual_seed(5)
-    cast = strategy.broadcast(strategy.init(params))
-    cast |= {k: tree.map(lambda x: x + 0.01, v) for k, v in cast.items() if k != "params"}
-    memory = tree.stack([strategy.remember(params)] * K)
-    return cast, tree.map(lambda x: x + 0.1 * torch.randn(x.shape, generator=rng, dtype=x.dtype), memory)
-
-
-@pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
+@BOTH
 @pytest.mark.parametrize("name", MODELS)
 def test_a_block_is_its_clients_one_at_a_time(name, clip):
     recipe, inputs = made(name)
@@ -164,7 +43,7 @@ STRATEGIES = {
 }
 
 
-@pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
+@BOTH
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_hears_the_same(name, clip):
     recipe, inputs = made("mlp")
@@ -176,3 +55,143 @@ def test_every_strategy_hears_the_same(name, clip):
     expected = one_by_one(reference(recipe, strategy, clip), cast, memory, batches, live, counts)
     found = block_train(recipe, strategy, 0.3, clip)(cast, memory, batches, live, counts)
     assert_close(found, expected)
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["mlp", "text", "conv2d", "twice", "wide", "wide twice"])
+@pytest.mark.parametrize("strategy", [strategies.fedavg(), strategies.fednova()], ids=["fedavg", "fednova"])
+def test_the_sum_of_a_block_is_its_clients_sum(name, clip, strategy):
+    """Also where no client's weights are ever made: the wide layers of a plain run, or of a clipped one without noise."""
+    recipe, inputs = made(name)
+    params, batches, live, counts = world(recipe, inputs, clip)
+    batches.pop("noise", None)
+    cast, memory = started(strategy, params)
+    still = tree.map(lambda p: torch.zeros(K, S, *p.shape, dtype=p.dtype), params)
+    each, _ = one_by_one(reference(recipe, strategy, clip), cast, memory, batches | {"noise": still}, live, counts)
+    found, _ = block_train(recipe, strategy, 0.3, clip, together=True)(cast, memory, batches, live, counts)
+    assert_close((found, {}), (tree.map(lambda x: x.sum(0)[None], each), {}))
+
+
+def test_the_wide_layers_weights_are_not_made(monkeypatch):
+    """What the test above says of them would hold if they were."""
+    from fedtailor.simulations.descent import Descent
+
+    recipe, inputs = made("wide twice")
+    assert K * 300 * 200 >= SMALL
+    params, batches, live, counts = world(recipe, inputs, None)
+    thin = []
+    monkeypatch.setattr(Descent, "total", lambda self, weights, start: thin.append(sorted(self.seen)) or {})
+    block_train(recipe, strategies.fedavg(), 0.3, together=True)({"params": params}, {}, batches, live, counts)
+    assert thin == [["outer.weight", "wide.weight"]]
+
+
+def test_what_a_strategy_casts_is_not_changed_in_place():
+    recipe, inputs = made("twice")
+    params, batches, live, counts = world(recipe, inputs, None)
+    before = tree.map(torch.clone, params)
+    for part in (slice(0, K), slice(0, 1)):
+        given = tree.at(batches, part), live[part], counts[part]
+        block_train(recipe, strategies.fedavg(), 0.3)({"params": params}, {}, *given)
+    assert all(torch.equal(params[name], before[name]) for name in params)
+
+
+@BOTH
+@pytest.mark.parametrize("together", [False, True])
+def test_the_size_of_a_block_does_not_show(clip, together):
+    """Twenty clients by 1, 7 and 64, in float32, with dropout: whose choices are each client's own, too."""
+    recipe, inputs = made("dropout")
+    parts = [world(recipe, inputs, clip, seed=seed) for seed in range(4)]
+    params = parts[0][0]
+    batches = tree.map(lambda *xs: torch.cat(xs), *(part[1] for part in parts))
+    batches["seed"] = torch.arange(len(batches["seed"]))[:, None].expand(-1, S)
+    live, counts = torch.cat([part[2] for part in parts]), torch.cat([part[3] for part in parts])
+    many = block_train(recipe, strategies.fedavg(), 0.3, clip, together=together)
+    totals = []
+    for size in (1, 7, 64):
+        cuts = [slice(i, i + size) for i in range(0, len(live), size)]
+        found = [many({"params": params}, {}, tree.at(batches, c), live[c], counts[c])[0] for c in cuts]
+        totals.append((tree.map(lambda *xs: torch.cat(xs).sum(0), *found), {}))
+    assert_close(totals[0], totals[1])
+    assert_close(totals[0], totals[2])
+
+
+def test_dropout_differs_by_client_step_and_layer_and_not_by_padding():
+    recipe, inputs = made("dropout")
+    params, batches, live, counts = world(recipe, inputs, None)
+    same = {name: x[:1].expand(K, *x.shape[1:]) for name, x in batches.items()} | {"seed": batches["seed"]}
+    live, counts = live[:1].expand(K, -1), counts[:1].expand(K)
+    many = block_train(recipe, strategies.fedavg(), 0.3)
+    found = many({"params": params}, {}, same, live, counts)[0]["delta"]["0.weight"]
+    assert len({tuple(row.flatten().tolist()) for row in found}) == K
+    first = many({"params": params}, {}, tree.map(lambda x: x[:, :1], same), live[:, :1], counts)[0]["delta"][
+        "0.weight"
+    ]
+    second = many(
+        {"params": params}, {}, tree.map(lambda x: x[:, :1].expand(K, 2, *x.shape[2:]), same), live[:, :2], counts
+    )
+    assert not torch.allclose(second[0]["delta"]["0.weight"], 2 * first)
+    wider = {n: torch.cat([x, torch.zeros_like(x)], 2) if n in ("x", "y", "live") else x for n, x in same.items()}
+    padded = many({"params": params}, {}, wider, live, counts)[0]["delta"]["0.weight"]
+    torch.testing.assert_close(padded, found)
+
+
+GRADIENT = Strategy(
+    init=lambda params: {"params": params},
+    apply=lambda state, total, round: state,
+    report=WeightedChange(lambda local: (-torch.ones_like(local.num_examples), {})),
+)
+
+
+@pytest.mark.parametrize("name", ["mlp", "text unpadded", "conv2d", "sequence", "long sequence"])
+def test_the_sum_of_clipped_gradients_is_opacus(name):
+    """One step without noise, lr and scale 1: the change is the sum of the clipped gradients."""
+    recipe, inputs = made(name)
+    params, batches, live, counts = world(recipe, inputs, CLIP)
+    batches = {n: x[:, :1] for n, x in batches.items() if n != "noise"}
+    batches |= {"live": torch.ones(K, 1, B).double(), "scale": torch.ones(K, 1).double()}
+    many = block_train(recipe, GRADIENT, 1.0, CLIP)
+    found = many({"params": params}, {}, batches, live[:, :1], counts)[0]["delta"]
+    for k in range(K):
+        module = GradSampleModule(recipe.model(), loss_reduction="sum", strict=False)
+        with torch.no_grad():
+            for own, p in module._module.named_parameters():
+                p.copy_(params[own])
+        optimizer = DPOptimizer(torch.optim.SGD(module.parameters(), 1.0), noise_multiplier=0.0, max_grad_norm=CLIP,
+                                expected_batch_size=None, loss_reduction="sum")  # fmt: skip
+        with quiet_hooks():
+            recipe.losses(module(batches["x"][k, 0]), batches["y"][k, 0]).sum().backward()
+        optimizer.pre_step()
+        for own, p in module._module.named_parameters():
+            torch.testing.assert_close(found[own][k], p.grad, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [1e25, 3e38, float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["mlp", "conv2d", "sequence"])
+def test_an_example_that_is_not_finite_is_nothing_and_a_long_one_is_clipped(name, value):
+    """In float32, where squares of 1e25 overflow: as with one client at a time, which adds them up in float64."""
+    recipe, inputs = made(name, dtype=torch.float32)
+    params, *rest = world(recipe, inputs, CLIP)
+    single = tree.map(lambda x: x.float() if x.is_floating_point() else x, dict(zip("bln", rest, strict=True)))
+    batches, live, counts = single.values()
+    batches["live"][:] = 1.0
+    batches["x"][1, 0, 2] = value
+    strategy = strategies.fedavg()
+    cast, memory = started(strategy, params)
+    expected = one_by_one(reference(recipe, strategy, CLIP), cast, memory, batches, live, counts)
+    found = block_train(recipe, strategy, 0.3, CLIP)(cast, memory, batches, live, counts)
+    assert all(bool(x.isfinite().all()) for x in tree.leaves(found[0]))
+    assert_close(found, expected, 1e-4)
+
+
+def test_rows_by_number_are_the_rows():
+    recipe, inputs = made("mlp")
+    params, batches, live, counts = world(recipe, inputs, None)
+    table = Part(batches["x"].flatten(0, 2), batches["y"].flatten())
+    order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(0))
+    rows = order.argsort().view(K, S, B)
+    named = {n: x for n, x in batches.items() if n not in ("x", "y")} | {"rows": rows}
+    feed = Feed(Part(table.x[order], table.y[order]))
+    expected = block_train(recipe, strategies.fedavg(), 0.3)({"params": params}, {}, batches, live, counts)
+    found = block_train(recipe, strategies.fedavg(), 0.3, feed=feed)({"params": params}, {}, named, live, counts)
+    assert_close(found, expected)
+    assert all(torch.equal(feed.all(named)[n], batches[n]) for n in batches)

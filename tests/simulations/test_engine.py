@@ -92,3 +92,40 @@ def test_a_round_without_clients_is_refused(world):
         simulate_round(
             strategy, vmapped(local_train(plain(losses), strategy, 0.1)), {"params": params}, {}, *none[1:], 0
         )
+
+
+FULL = ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9"]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [*map(RuntimeError, FULL), MemoryError()], ids=[*FULL, "MemoryError"])
+def test_a_block_that_does_not_fit_is_halved_and_so_are_the_next(world, error):
+    params, batches, live, counts = world
+    strategy = strategies.scaffold(population=K)
+    inner, sizes, told = vmapped(local_train(plain(losses), strategy, lr=0.1)), [], []
+
+    def many(cast, memory, batches, live, counts):
+        sizes.append(len(live))
+        if len(live) > 2:
+            raise error
+        return inner(cast, memory, batches, live, counts)
+
+    state, memory = strategy.init(params), tree.stack([strategy.remember(params)] * K)
+    found = simulate_round(strategy, many, state, memory, batches, live, counts, 0, 1000, smaller=told.append)
+    assert sizes == [9, 4, 2, 2, 2, 2, 1] and told == [4, 2]
+    for x, y in zip(
+        map(tree.flatten, found), map(tree.flatten, rounds(world, strategy, plain(losses), 3, 1)), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "error,block", [(ValueError("no"), 4), (RuntimeError("shape mismatch"), 4), (MemoryError(), 1)]
+)
+def test_any_other_error_is_told_and_one_client_must_fit(world, error, block):
+    def many(*given):
+        raise error
+
+    params, batches, live, counts = world
+    with pytest.raises(type(error)):
+        simulate_round(strategies.fedavg(), many, {"params": params}, {}, batches, live, counts, 0, block)
