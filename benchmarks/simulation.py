@@ -94,13 +94,14 @@ class World:
 
         return run
 
-    def opacus(self, clip: float, noise: float) -> Run:
-        """A round of Opacus: one wrapped module and a client's optimizer, one client after another."""
+    def opacus(self, clip: float, noise: float, anew: bool) -> Run:
+        """A round of Opacus, one client after another: each with a module of its own, or all with the same."""
+        kept = GradSampleModule(self._model())
 
         def run() -> None:
-            module = GradSampleModule(self._model())
             total = tree.map(torch.zeros_like, self.start)
             for client in self.rows:
+                module = GradSampleModule(self._model()) if anew else kept
                 _load(module._module, self.start)
                 optimizer = DPOptimizer(
                     torch.optim.SGD(module.parameters(), LR),
@@ -202,8 +203,9 @@ def private(repetitions: int, python: Path | None) -> dict[str, Times]:
         world = World(model, clients, 4)
         sides = {
             "fedtailor": world.ours(1.0, 1.0),
-            "vmap": world.ours(1.0, 1.0, "vmap"),
-            "Opacus loop": world.opacus(1.0, 1.0),
+            "fedtailor, vmap": world.ours(1.0, 1.0, "vmap"),
+            "Opacus, one module": world.opacus(1.0, 1.0, anew=False),
+            "Opacus, a module a client": world.opacus(1.0, 1.0, anew=True),
         }
         found[f"{model}, {clients} clients x 4 steps, DP-SGD"] = in_turns(sides, repetitions)
     return found
@@ -225,7 +227,7 @@ def main() -> None:
     """Measure and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    parser.add_argument("--quick", action="store_true", help="two repetitions, not seven")
+    parser.add_argument("--quick", action="store_true", help="three repetitions, not seven")
     parser.add_argument("--json", action="store_true", help="all figures as one line")
     parser.add_argument("--peers", type=Path, help="where pfl-research is, or is to be installed")
     arguments = parser.parse_args()
@@ -235,7 +237,7 @@ def main() -> None:
     python = None if arguments.peers is None else peer(arguments.peers)
     found: dict[str, Times] = {}
     for part in arguments.parts or PARTS:
-        found |= PARTS[part](2 if arguments.quick else 7, python)
+        found |= PARTS[part](3 if arguments.quick else 7, python)
     if arguments.json:
         print(json.dumps(found))
         return

@@ -62,7 +62,8 @@ def block_train(
         noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
         start = _over_clients(lambda memory: strategy.start(cast, memory), clients)(memory) if starts else shared
         thin = weighted is not None and not corrects and not noisy  # noise has no low rank
-        sets = {name: Descent(params, steps, not starts, thin, rooms) for name, params in _sets(start).items()}
+        kept = None if weighted is None else rooms
+        sets = {name: Descent(params, steps, not starts, thin, kept) for name, params in _sets(start).items()}
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         for batch, rate in zip(feed.steps(batches, rooms, noisy), (lr * live).unbind(1), strict=True):
             at = recipe, model, [each.params for each in sets.values()], batch

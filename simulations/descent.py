@@ -41,14 +41,14 @@ class Descent:
         steps: how many there will be.
         shared: whether all clients begin with the same.
         thin: whether the clients' own weights may never be made, where that is less work.
-        rooms: for what is kept of every step.
+        rooms: for parameters and what replaces them, where nobody keeps either; None where somebody may.
     """
 
     params: dict[str, Any]
     steps: int
     shared: bool = True
     thin: bool = False
-    rooms: Rooms = field(default_factory=dict)
+    rooms: Rooms | None = None
     seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
     begun: bool = False
     own: set[str] = field(default_factory=set)  # weights of this descent's making, which may be changed in place
@@ -60,8 +60,8 @@ class Descent:
             if part.layer.kind is not LINEAR or part.made is not None:
                 self.move(part.gradient(len(rate)), rate)
                 continue
-            if self.thin and self.shared and not self.begun:
-                self._begin(name, part.uses, len(rate))
+            if self.thin and self.rooms is not None and self.shared and not self.begun:
+                self._begin(name, part.uses, len(rate), self.rooms)
             if name in self.seen:
                 self.params[name] = self.seen[name].add(part.uses, rate)
             else:
@@ -100,16 +100,18 @@ class Descent:
         rows = given.reshape(clients, -1, given.shape[-1])
         scaled = delta.reshape(*rows.shape[:2], -1) * beside(rate, rows)
         out = weight if name in self.own else None
+        if out is None and self.rooms is not None:
+            out = room(self.rooms, name, (clients, *weight.shape[1:]), weight)
         self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), scaled.mT, rows, alpha=-1, out=out)
         self.own.add(name)
 
-    def _begin(self, name: str, uses: Uses, clients: int) -> None:
+    def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms) -> None:
         """Make room for a linear layer's rows of all steps, where that is less work than its clients' weights."""
         outputs, features = self.params[name].shape[1:]
         rows = sum(given.numel() // features for given, _ in uses) // clients * self.steps
         if clients * outputs * features < SMALL or rows * (outputs + features) > 2 * outputs * features:
             return
         start = self.params[name][0]
-        inputs = room(self.rooms, f"{name} inputs", (clients, rows, features), start)
-        deltas = room(self.rooms, f"{name} deltas", (clients, rows, outputs), start)
+        inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)
+        deltas = room(rooms, f"{name} deltas", (clients, rows, outputs), start)
         self.seen[name] = Seen(start, inputs, deltas)

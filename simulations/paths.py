@@ -1,5 +1,6 @@
 """Which way a block of clients is trained: one batched computation, ``vmap`` of one client's training, or a loop."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +22,7 @@ from fedtailor.strategy import Strategy, WeightedChange
 from fedtailor.training import clipped, local_train, plain
 from fedtailor.tree import Params, Tree
 
-CACHE = 8 << 20  # bytes of clients' own weights at once: more leave a processor's cache between a step and the next
+CACHE = 5 << 19  # bytes of clients' own weights at once: more leave a processor's cache between a step and the next
 
 
 class Task(NamedTuple):
@@ -127,9 +128,11 @@ def sensible(task: Task, first: Round) -> int:
     thin = task.together and weighted and not corrects and not starts and not noisy
     params: Params = first.cast["params"]
     own = [p for p in params.values() if not (thin and p.dim() == 2 and rows * sum(p.shape) <= 2 * p.numel())]
-    size = sum(p.numel() * p.element_size() for p in own)
-    on_cpu = all(p.device.type == "cpu" for p in params.values())
-    return max(1, min(task.block, CACHE // max(size, 1))) if on_cpu else task.block
+    size, clients = sum(p.numel() * p.element_size() for p in own), len(first.live)
+    most = max(1, CACHE // max(size, 1))
+    if most >= clients or any(p.device.type != "cpu" for p in params.values()):
+        return task.block
+    return min(task.block, math.ceil(clients / math.ceil(clients / most)))  # blocks of about one size
 
 
 def looped(train: Callable[..., tuple[Tree, Tree]]) -> Many:
