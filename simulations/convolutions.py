@@ -17,12 +17,17 @@ def _forward(layer: nn.Conv2d, weights: Params, x: Tensor, clients: int) -> tupl
     if len(weight) == 1:
         return _convolve(layer, x, weight[0], None if bias is None else bias[0], 1), x.detach()
     batch = len(x) // clients
-    if x.device.type == "cpu":
+    if looped(x):
         biases = [None] * clients if bias is None else bias.unbind()
         each = zip(torch.split(x, batch), weight.unbind(), biases, strict=True)
         return torch.cat([_convolve(layer, part, w, b, 1) for part, w, b in each]), x.detach()
     z = _convolve(layer, _beside(x, clients), weight.flatten(0, 1), None if bias is None else bias.flatten(), clients)
     return z.view(batch, clients, -1, *z.shape[2:]).transpose(0, 1).flatten(0, 1), x.detach()
+
+
+def looped(x: Tensor) -> bool:
+    """Whether clients are convolved one after another."""
+    return x.device.type == "cpu"
 
 
 def _convolve(layer: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None, clients: int) -> Tensor:
@@ -46,16 +51,16 @@ def _beside(x: Tensor, clients: int) -> Tensor:
 
 
 def _gradient(layer: nn.Conv2d, x: Tensor, delta: Tensor, clients: int) -> Params:
-    batch, looped = len(x) // clients, x.device.type == "cpu"
-    groups = layer.groups if looped else clients * layer.groups
-    shape = layer.out_channels if looped else clients * layer.out_channels, *layer.weight.shape[1:]
+    batch, one_by_one = len(x) // clients, looped(x)
+    times = 1 if one_by_one else clients
+    groups, shape = times * layer.groups, (times * layer.out_channels, *layer.weight.shape[1:])
     like, none = (
         x.new_empty(1).expand(shape),
         [0] * len(layer.kernel_size),
     )  # of the weight, only its shape is asked for
     how = like, None, layer.stride, _padding(layer), layer.dilation, False, none, groups, [False, True, False]
     backward = torch.ops.aten.convolution_backward
-    if looped:
+    if one_by_one:
         each = zip(torch.split(x, batch), torch.split(delta, batch), strict=True)
         weight = torch.stack([backward(below, part, *how)[1] for part, below in each])
     else:

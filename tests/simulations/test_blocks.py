@@ -9,6 +9,7 @@ from opacus.optimizers import DPOptimizer
 from fedtailor import strategies, tree
 from fedtailor.client.safe_optimizer import quiet_hooks
 from fedtailor.recipe import Part
+from fedtailor.simulations import convolutions
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.feed import Feed
@@ -29,6 +30,14 @@ def test_a_block_is_its_clients_one_at_a_time(name, clip):
     assert_close(found, expected)
     moved = tree.norm(tree.at(found[0]["delta"], 0))
     assert moved > 1e-3, "this would hold of clients that do nothing"
+
+
+@BOTH
+@pytest.mark.parametrize("name", ["conv1d", "conv2d"])
+def test_grouped_convolutions_are_the_loop(name, clip, monkeypatch):
+    """What a GPU does, done here."""
+    monkeypatch.setattr(convolutions, "looped", lambda x: False)
+    test_a_block_is_its_clients_one_at_a_time(name, clip)
 
 
 STRATEGIES = {
@@ -93,6 +102,20 @@ def test_what_a_strategy_casts_is_not_changed_in_place():
         given = tree.at(batches, part), live[part], counts[part]
         block_train(recipe, strategies.fedavg(), 0.3)({"params": params}, {}, *given)
     assert all(torch.equal(params[name], before[name]) for name in params)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", ["ditto", "scaffold", "fedavg"])
+def test_the_next_block_does_not_change_what_the_last_one_said(name, together):
+    recipe, inputs = made("wide")
+    strategy = STRATEGIES.get(name, strategies.fedavg())
+    params, batches, live, counts = world(recipe, inputs, None)
+    cast, memory = started(strategy, params)
+    many = block_train(recipe, strategy, 0.3, together=together)
+    found = many(cast, memory, batches, live, counts)
+    before = tree.map(torch.clone, found[0]), tree.map(torch.clone, found[1])
+    many(cast, memory, batches | {"x": batches["x"] + 1}, live, counts)
+    assert_close(found, before, 0.0)
 
 
 @BOTH
