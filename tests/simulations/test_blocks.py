@@ -13,6 +13,7 @@ from fedtailor.simulations import convolutions
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.feed import Feed
+from fedtailor.simulations.folded import folded
 from fedtailor.strategy import Strategy, WeightedChange
 
 BOTH = pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
@@ -138,24 +139,17 @@ def test_the_size_of_a_block_does_not_show(clip, together):
     assert_close(totals[0], totals[2])
 
 
-def test_dropout_differs_by_client_step_and_layer_and_not_by_padding():
-    recipe, inputs = made("dropout")
-    params, batches, live, counts = world(recipe, inputs, None)
-    same = {name: x[:1].expand(K, *x.shape[1:]) for name, x in batches.items()} | {"seed": batches["seed"]}
-    live, counts = live[:1].expand(K, -1), counts[:1].expand(K)
-    many = block_train(recipe, strategies.fedavg(), 0.3)
-    found = many({"params": params}, {}, same, live, counts)[0]["delta"]["0.weight"]
-    assert len({tuple(row.flatten().tolist()) for row in found}) == K
-    first = many({"params": params}, {}, tree.map(lambda x: x[:, :1], same), live[:, :1], counts)[0]["delta"][
-        "0.weight"
-    ]
-    second = many(
-        {"params": params}, {}, tree.map(lambda x: x[:, :1].expand(K, 2, *x.shape[2:]), same), live[:, :2], counts
-    )
-    assert not torch.allclose(second[0]["delta"]["0.weight"], 2 * first)
-    wider = {n: torch.cat([x, torch.zeros_like(x)], 2) if n in ("x", "y", "live") else x for n, x in same.items()}
-    padded = many({"params": params}, {}, wider, live, counts)[0]["delta"]["0.weight"]
-    torch.testing.assert_close(padded, found)
+def test_dropout_differs_by_client_layer_and_step_and_not_by_padding():
+    recipe, _ = made("dropout")
+    model = folded(recipe)
+    model.tape.clients, model.tape.seed = K, torch.arange(K)
+    one, two = model.module[1], model.module[2]
+    drawn = torch.cat([layer(torch.ones(K * 50, 4)).view(K, -1) for layer in (one, two, one, two)])
+    assert len(drawn.unique(dim=0)) == 4 * K
+    assert drawn.unique().tolist() == pytest.approx([0, 1 / 0.6]) and drawn.mean() == pytest.approx(1.0, abs=0.05)
+    model.tape.draws = 0
+    padded = one(torch.ones(K * 60, 4)).view(K, 60, 4)[:, :50]
+    assert torch.equal(padded.flatten(1), drawn[:K])
 
 
 GRADIENT = Strategy(
