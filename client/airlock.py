@@ -1,8 +1,8 @@
 """The one gate through which anything leaves a site. It runs in the daemon, outside the training process.
 
 An answer is compared with the list in the signed proposal: names, shapes, dtypes, finite values, norm, bytes, and which
-metrics. One thing wrong and the whole answer is dropped. What passes is written anew, salted, made durable, written to
-the egress log, and sent.
+metrics. One thing wrong and the whole answer is dropped. What passes is written anew (packed, where the proposal says so),
+salted, made durable, written to the egress log, and sent.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load
 
-from fedtailor import store, wire
+from fedtailor import packing, store, wire
 from fedtailor.client import inbox
 from fedtailor.client.chain import Chain
 from fedtailor.client.fleet import Envelope, Fleet
@@ -35,7 +35,7 @@ WORDS = frozenset(
     [f"airlock-{word}" for word in ANSWER]
     + """budget cast changed clip code cohort config confinement connection contract crashed delta dtype epsilon
     epsilon-per-study expired failed format head hours huge keys leaves ledger ledger-head memory metadata metrics noise nonfinite norm
-    oversized partners pending plan privacy promise receipt recipe refused replayed rolled-back roster round rounds seal
+    oversized partners pending plan plugin privacy promise receipt recipe refused replayed rolled-back roster round rounds seal
     settled shape signature split steps stopped store strategy study time unknown untrusted upload wire withdrawn
     worker""".split()
 )  # all that a site ever says of why it does not answer; a word of the training process's own could carry data
@@ -79,7 +79,8 @@ def admit(out: Path, outbox: Path, visit: Visit, leaves: Leaving, policy: Policy
         if policy.metric_noise is not None:
             std = policy.metric_noise / max(facts.test_rows, 1)
             measured = {which: _noised(m, std, facts.metric_key, which) for which, m in measured.items()}
-        payload = b"".join(store.safetensors(flat))  # written anew: a header may carry more than its readers look at
+        # written anew, in the one form that these tensors have: a file may carry more than its readers look at
+        payload = b"".join(packing.pack(flat) if leaves.packed else store.safetensors(flat))
     except (WireError, SafetensorError, OSError, UnicodeDecodeError) as error:
         code = error.code if isinstance(error, WireError) else "format"
         raise RefusedError(f"the airlock dropped an answer: {error}", code=f"airlock-{code}") from error

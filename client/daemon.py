@@ -11,7 +11,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from fedtailor import control, pki, seals, store, wire
+from fedtailor import control, pki, plugins, seals, store, wire
 from fedtailor.client import airlock, inbox
 from fedtailor.client.audit import Audit, heads
 from fedtailor.client.chain import Chain
@@ -40,6 +40,7 @@ class Daemon:
         self.home = Home(folder)
         self.config = self.home.config()
         self.home.make()
+        plugins.only(self.config.policy.plugins)
         self.stop, self.lost, self.arrived = threading.Event(), threading.Event(), threading.Event()
         self.state: dict[str, Any] = {
             "connected": False,
@@ -65,7 +66,8 @@ class Daemon:
             self.workshop = Workshop(self.config, self.home.state / "worker.log")
             key = pki.load_key(self.config.keys / "site.key")
             signer = seals.load_public(self.config.keys / "plans.pub")
-            plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key())
+            approved = self.config.policy.plugins
+            plans = Plans(self.home.state / "plans", self.config.site, signer, key.public_key(), approved)
             self.visits = Visits(self.config, self.home, plans, key, self.ledger, self.workshop, self.state, self._note)
             socket = control.socket_of(self.home.folder)
             desk = Desk(self.visits, self.arrived.set, lambda: str(self.fleet.certificate.not_valid_after_utc))

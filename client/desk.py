@@ -82,6 +82,7 @@ class Desk:
             ContractError: if the data do not satisfy the contract.
         """
         known = self.plans.find(str(request["plan"]))
+        self.plans.verify(known.proposal)  # before the training process builds what it names
         data = self.visits.described(known.proposal.plan)
         self.state["data"] = data._asdict()
         shown = self._shown(known)
@@ -99,6 +100,7 @@ class Desk:
         known, policy = self.plans.find(str(request["plan"])), self.config.policy
         shown = self._shown(known)
         refuse(inspection.rules(shown))
+        self.plans.verify(known.proposal)
         if request.get("signature"):
             approval = Approval(officer=str(request["officer"]), signature=str(request["signature"]))
             known = self.plans.countersign(known, approval, policy)

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from fedtailor import control
+from fedtailor import control, plugins
 from fedtailor.client import papers, route, verify_audit
 from fedtailor.client.audit import gather
 from fedtailor.client.confine import Confinement
@@ -72,6 +72,7 @@ def examine(folder: Path, recipe: str | None = None) -> list[Row]:
         rows += [unchecked(name, "site.yaml") for name in WITHIN]
         return rows + tried("daemon", lambda: _daemon(home))
     config = site.config
+    plugins.only(config.policy.plugins)
     rows += tried("site.yaml", lambda: _settings(site))
     rows += tried("keys", lambda: papers.files(config))
     rows += tried("certificate", lambda: papers.certificate(config, now))

@@ -6,14 +6,14 @@ a study runs here before it is approved: by the policy alone, by a person, or by
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fedtailor import store
 from fedtailor.errors import ConfigError, RefusedError, StoreError
-from fedtailor.policy import Policy
-from fedtailor.proposal import Proposal, fresh, installed, opened, parsed
+from fedtailor.policy import Policy, Rule, judge_plugins, refuse
+from fedtailor.proposal import Proposal, fresh, installed, opened, parsed, third_party
 from fedtailor.receipts import Receipt
 from fedtailor.seals import Public, canonical, genuine, public, spelled
 from fedtailor.study import Frozen
@@ -95,18 +95,24 @@ class Plans:
     Args:
         signer: the coordinator's key, pinned when the site joined.
         own: this site's public key.
+        approved: the plug-ins that the site's policy approves; None: none.
     """
 
-    def __init__(self, folder: Path, site: str, signer: Public, own: Public) -> None:
+    def __init__(
+        self, folder: Path, site: str, signer: Public, own: Public, approved: Mapping[str, str] | None = None
+    ) -> None:
         self.folder, self.site, self.signer, self.own = folder, site, signer, own
+        self.approved = approved or {}
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def take(self, visit: Visit) -> Known:
         """The proposal by which a visit comes, verified; a new one is put on file.
 
+        One that runs a plug-in that is not approved is put on file too, for people to see, and refused.
+
         Raises:
-            RefusedError: ``signature``, ``plan``, ``expired``, ``roster``, ``code``, ``leaves``, or ``changed`` where
-                the visit or the proposal is not what was proposed for this run.
+            RefusedError: ``signature``, ``plan``, ``expired``, ``roster``, ``plugin``, ``code``, ``leaves``, or ``changed``
+                where the visit or the proposal is not what was proposed for this run.
         """
         proposal = opened(visit.proposal, self.signer)
         digest = proposal.digest()
@@ -118,14 +124,34 @@ class Plans:
         fresh(proposal, time.time())
         if (self.site, spelled(self.own)) not in [(m.site, m.key) for m in proposal.roster]:
             raise RefusedError("this site and its key are not in the proposal's roster", code="roster")
+        if foreign := self._foreign(proposal):
+            self._file(folder, visit.proposal, proposal)
+            refuse(foreign)
         installed(proposal)
+        self._file(folder, visit.proposal, proposal)
+        return Known(proposal, digest, self._standing(folder), folder)
+
+    def verify(self, proposal: Proposal) -> None:
+        """Compare a proposal with what is installed here, which imports what it names: after its plug-ins are approved.
+
+        Raises:
+            RefusedError: ``plugin``, ``code``, ``leaves``.
+        """
+        refuse(self._foreign(proposal))
+        installed(proposal)
+
+    def _foreign(self, proposal: Proposal) -> list[Rule]:
+        """The rules for plug-ins, if one of them does not hold."""
+        rules = judge_plugins(self.approved, third_party(proposal))
+        return [] if all(rule.ok for rule in rules) else rules
+
+    def _file(self, folder: Path, signed: str, proposal: Proposal) -> None:
         if not (folder / "proposal.json").exists():
             if sum(1 for _ in self.folder.iterdir()) >= MOST:
                 raise RefusedError(f"{MOST} proposals are on file; remove old ones from {self.folder}", code="plan")
             folder.mkdir(mode=0o700, exist_ok=True)
-            store.write_text(folder / "signed.json", visit.proposal)
+            store.write_text(folder / "signed.json", signed)
             store.write_text(folder / "proposal.json", proposal.canonical())
-        return Known(proposal, digest, self._standing(folder), folder)
 
     def all(self) -> Iterator[Known]:
         """Every proposal on file, the newest first."""
@@ -225,5 +251,5 @@ def as_row(known: Known, state: State) -> dict[str, Any]:
     """One line of ``fedtailor client plans``."""
     plan = known.proposal.plan
     return {"hash": known.digest[:12], "run": known.proposal.run, "study": plan.study, "state": state,
-            "rounds": plan.rounds, "epsilon": plan.privacy.epsilon if plan.privacy else None,
+            "rounds": plan.rounds, "epsilon": plan.record.epsilon if plan.record else None,
             "sites": list(plan.sites), "expires": known.proposal.expires}  # fmt: skip

@@ -12,7 +12,7 @@ from fedtailor.client.private_gate import check_private
 from fedtailor.client.safe_optimizer import SafeDPOptimizer, quiet_hooks
 from fedtailor.errors import ConfigError, FedtailorError
 from fedtailor.privacy.csprng import Csprng
-from fedtailor.recipe import Part, Recipe
+from fedtailor.recipe import Part, Recipe, parameters
 from fedtailor.strategy import Local, Strategy
 from fedtailor.study import Plan
 from fedtailor.training import NO_LOSS
@@ -70,8 +70,8 @@ def private_train(
             needs a loss, which the guarantee would not cover.
         FedtailorError: code ``nonfinite``, if the model's parameters overflow.
     """
-    if plan.privacy is None:
-        raise ConfigError("plan.privacy: null; this site trains with record-level privacy only")
+    if plan.record is None:
+        raise ConfigError("plan.privacy: not of a record; this site trains with record-level privacy only")
     if strategy.needs_loss:
         raise ConfigError(NO_LOSS)
     if len(part.y) == 0:
@@ -80,11 +80,12 @@ def private_train(
     with torch.random.fork_rng(devices=[]), quiet_hooks():
         torch.manual_seed(rng.seed("dropout"))  # a repeated round must repeat this too
         params = strategy.start(cast, memory)
-        module = _module(recipe, params)
+        module, named = _module(recipe, params, strategy.trains)
+        moving = [p for p in named.values() if p.requires_grad]  # what stays is neither clipped nor noised
         optimizer = SafeDPOptimizer(
-            torch.optim.SGD(module.parameters(), lr=plan.local.lr),
+            torch.optim.SGD(moving, lr=plan.local.lr),
             noise_multiplier=noise_multiplier,
-            max_grad_norm=plan.privacy.clip,
+            max_grad_norm=plan.record.clip,
             rng=rng,
         )
         steps = 0
@@ -92,10 +93,10 @@ def private_train(
             steps += 1
             mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
             _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
-            grads = _release(module, plan.local.rate * len(part.y), optimizer)
+            grads = _release(named, plan.local.rate * len(part.y), optimizer)
             grads = strategy.correct(grads, params, cast, memory)
-            params = tree.map(lambda p, g: p - plan.local.lr * g, params, grads)
-            _load(module, params)
+            params = tree.joined(params, tree.map(lambda g, p: p - plan.local.lr * g, grads, params))
+            _load(named, params)
     count, taken = torch.tensor(float(len(part.y))), torch.tensor(float(steps))
     return strategy.report(Local(cast, memory, params, count, taken, plan.local.lr, seed))
 
@@ -111,32 +112,34 @@ class _Together(nn.Module):
         return [model(x) for model in self.models.values()]
 
 
-def _module(recipe: Recipe, params: Tree) -> GradSampleModule:
+def _module(
+    recipe: Recipe, params: Tree, trains: Callable[[str], bool]
+) -> tuple[GradSampleModule, dict[str, nn.Parameter]]:
     several = [name for name, one in params.items() if isinstance(one, dict)]
     module = (_Together(recipe, several) if several else recipe.model()).train()
-    own = {name: tuple(p.shape) for name, p in _named(module).items()}
+    named = _named(module)
+    own = {name: tuple(p.shape) for name, p in named.items()}
     theirs = {name: tuple(p.shape) for name, p in tree.flatten(params).items()}
     if own != theirs:
         wrong = min(set(own.items()) ^ set(theirs.items()))
         raise ConfigError(f"cast: parameter {wrong[0]!r} {wrong[1]} does not fit the model of recipe {recipe.name!r}")
-    for p in module.parameters():
-        p.requires_grad_(True)
-    wrapped = GradSampleModule(module, loss_reduction="sum")
-    _load(wrapped, params)
-    return wrapped
+    for path, p in named.items():
+        p.requires_grad_(trains(path.rpartition("/")[2]))
+    _load(named, params)
+    return GradSampleModule(module, loss_reduction="sum"), named
 
 
 def _named(module: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the paths that they have in a strategy's tree."""
+    """The study's parameters by the paths that they have in a strategy's tree."""
     if not isinstance(module, _Together):
-        return dict(module.named_parameters())
-    return {f"{which}/{name}": p for which, one in module.models.items() for name, p in one.named_parameters()}
+        return parameters(module)
+    return {f"{which}/{name}": p for which, one in module.models.items() for name, p in parameters(one).items()}
 
 
-def _load(module: GradSampleModule, params: Tree) -> None:
+def _load(named: dict[str, nn.Parameter], params: Tree) -> None:
     flat = tree.flatten(params)
     with torch.no_grad():
-        for name, p in _named(module._module).items():
+        for name, p in named.items():
             p.copy_(flat[name])
 
 
@@ -152,10 +155,10 @@ def _sum_gradients(
             optimizer.accumulate()
 
 
-def _release(module: GradSampleModule, expected: float, optimizer: SafeDPOptimizer) -> Tree:
+def _release(named: dict[str, nn.Parameter], expected: float, optimizer: SafeDPOptimizer) -> Tree:
     """The noisy mean gradient: the only thing that leaves the examples."""
     optimizer.add_noise()
-    grads = {name: p.grad / expected for name, p in _named(module._module).items() if p.grad is not None}
+    grads = {name: p.grad / expected for name, p in named.items() if p.grad is not None}
     if not all(tree.finite(g) for g in grads.values()):
         raise FedtailorError(
             "training: the noisy gradient is not finite; the model or the clip is too large for float32",

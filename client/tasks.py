@@ -11,7 +11,7 @@ from flwr.app import Context, RecordDict
 from flwr.app.message.message import make_message
 from flwr.app.metadata import Metadata
 
-from fedtailor import store, wire
+from fedtailor import plugins, store, wire
 from fedtailor.client.app import client_app
 from fedtailor.client.work import Work, perform
 from fedtailor.config import build
@@ -27,6 +27,7 @@ class Tasks:
     """Answers the daemon's requests; holds the prepared data."""
 
     def __init__(self, start: dict[str, Any]) -> None:
+        plugins.only(start["plugins"])
         self.site: str = start["site"]
         self.source = CsvSource(Path(start["rules"]["data"]))
         self.minimum: int = start["minimum"]

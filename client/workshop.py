@@ -133,7 +133,7 @@ class Workshop:
             memory_mb=config.policy.task_memory_mb,
         )
         words = {"site": config.site, "minimum": config.policy.minimum_count, "threads": config.threads}
-        return {"rules": rules._asdict(), **words}
+        return {"rules": rules._asdict(), "plugins": config.policy.plugins, **words}
 
     def _confined(self, answer: dict[str, Any]) -> None:
         """Note what is in force; say it when it is new.

@@ -5,9 +5,10 @@ import torch
 from fedtailor import recipe as recipes
 from fedtailor.batches import draw, pack
 from fedtailor.recipe import Part, Recipe
+from fedtailor.strategy import trained
 from fedtailor.study import Plan
-from fedtailor.training import plain
-from fedtailor.tree import Params, map
+from fedtailor.training import parted, plain
+from fedtailor.tree import Params, joined, map
 
 
 def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
@@ -21,6 +22,8 @@ def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
         batches = pack(part, mask, plan.local.rate)
         for step in range(plan.local.steps):
             batch = {name: leaf[step] for name, leaf in batches.items()}
-            params = map(lambda p, g: p - plan.local.lr * g, params, gradient(params, batch))
+            moving, fixed = parted(params, trained)
+            moved = map(lambda p, g: p - plan.local.lr * g, moving, gradient(moving, batch, fixed))
+            params = joined(params, moved)
     with torch.no_grad():
         return map(torch.clone, params)

@@ -3,15 +3,17 @@
 There is no default policy: a site without one refuses everything. The coordinator can neither read nor loosen it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fedtailor.errors import RefusedError
+from fedtailor.errors import ConfigError, RefusedError
+from fedtailor.plugins import Code
 from fedtailor.privacy.accounting import MIN_NOISE, Charge, affordable, epsilon
-from fedtailor.study import Frozen, Name, Plan
+from fedtailor.privacy.site_accounting import epsilon_after
+from fedtailor.study import Digest, Frozen, Name, Plan, SitePrivacy
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64,512}$")]  # as `fedtailor client officer` prints it
 Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
@@ -47,6 +49,7 @@ class Policy(Frozen):
     without_privacy: bool = False  # whether a study without differential privacy may train here
     recipes: tuple[str, ...] | None = None  # by their last name, as in fedtailor.recipes.tabular; None: any installed
     strategies: tuple[str, ...] | None = None  # and each that one of them wraps
+    plugins: dict[Name, Digest] = {}  # third-party code that may run here, as `fedtailor plugins` prints it
     max_rounds: PositiveInt = 1000
     max_steps: PositiveInt = 10_000  # in one round
     minimum_cohort: PositiveInt = 1  # a round must count only with at least this many sites
@@ -91,15 +94,16 @@ class Case(NamedTuple):
     spent: Sequence[Charge]  # what other runs have charged to the data set
     answer_bytes: int  # of one answer, at most
     models: int = 1  # that an evaluation measures
+    plugins: Sequence[Code] = ()  # third-party code that the plan runs, as it is installed here
 
 
 def charge_of(plan: Plan) -> Charge | None:
-    """What one round of a plan costs, or None where the plan has no differential privacy."""
-    if plan.privacy is None:
+    """What one round of a plan costs the data set, or None where no record is hidden, though perhaps the site is."""
+    if plan.record is None:
         return None
-    if plan.privacy.noise_multiplier is None:
+    if plan.record.noise_multiplier is None:
         raise RefusedError("the plan does not say how much noise to add (privacy.noise_multiplier)", code="plan")
-    return Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
+    return Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
 
 
 def metric_charge(policy: Policy) -> Charge | None:
@@ -127,6 +131,7 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     others = [site for site in plan.sites if site != case.site]
     rules = [
         _rule("roster", "this site is listed", case.site in plan.sites, ", ".join(plan.sites), case.site),
+        *judge_plugins(policy.plugins, case.plugins),
         _rule("study", "the study", plan.study in policy.studies, plan.study, ", ".join(policy.studies)),
         _among("recipe", "the recipe", plan.recipe.names()[:1], policy.recipes),
         _among("strategy", "the strategy", plan.strategy.names(), policy.strategies),
@@ -140,15 +145,48 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         asked = f"{plan.norm:g}" if plan.norm is not None else "no bound"
         ok = plan.norm is not None and plan.norm <= policy.greatest_norm
         rules.append(_rule("norm", "L2 norm of one answer", ok, asked, f"at most {policy.greatest_norm:g}"))
-    return rules + (_without(policy, plan, case) if plan.privacy is None else _privacy(policy, plan, case))
+    return rules + (_without(policy, plan, case) if plan.record is None else _privacy(policy, plan, case))
+
+
+def judge_plugins(approved: Mapping[str, str], codes: Sequence[Code]) -> list[Rule]:
+    """A rule for each plug-in that a plan runs: the site has approved it, as it is now."""
+    rules = []
+    for code in codes:
+        known = approved.get(code.name)
+        if not code.sha256:
+            allowed = (
+                "what is installed and approved here: ask the operator for the package, then see fedtailor plugins"
+            )
+        elif known is None:
+            allowed = "what policy.plugins lists: read its code, then add the line that fedtailor plugins prints"
+        elif known != code.sha256:
+            allowed = f"sha256 {known}: it has changed since, so read it again and see fedtailor plugins"
+        else:
+            allowed = "as approved"
+        rules.append(_rule("plugin", "third-party code", bool(known) and known == code.sha256, str(code), allowed))
+    return rules
 
 
 def _without(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     allowed = "allowed" if policy.without_privacy else "not allowed"
-    rules = [_rule("privacy", "differential privacy", policy.without_privacy, "none", f"none is {allowed}")]
+    asked = "none" if plan.site is None else "of the whole site, by noise that the coordinator adds; none of a record"
+    rules = [_rule("privacy", "differential privacy", policy.without_privacy, asked, f"none is {allowed}")]
+    if plan.site is not None:
+        rules.append(_of_site(plan, plan.site))
     if metric_charge(policy) is not None:
         rules.append(_budget(policy, plan, case, policy.delta))
     return rules
+
+
+def _of_site(plan: Plan, stated: SitePrivacy) -> Rule:
+    """Whether a site-level promise is what its noise gives. No cap of this policy is on it: those are of records."""
+    try:
+        whole = epsilon_after(stated, plan.rounds)
+    except ConfigError as error:  # no epsilon can be worked out
+        raise RefusedError(str(error), code="plan") from error
+    return _most(
+        "epsilon", "the epsilon of one site by the coordinator's noise, against its promise", whole, stated.epsilon
+    )
 
 
 def _budget(policy: Policy, plan: Plan, case: Case, delta: float) -> Rule:
@@ -163,8 +201,8 @@ def _budget(policy: Policy, plan: Plan, case: Case, delta: float) -> Rule:
 
 
 def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
-    assert plan.privacy is not None
-    stated, noise = plan.privacy, plan.privacy.noise_multiplier
+    assert plan.record is not None
+    stated, noise = plan.record, plan.record.noise_multiplier
     if noise is not None and noise < MIN_NOISE:  # no epsilon can be worked out for so little: nothing else matters
         return [_least("noise", "noise multiplier", noise, max(policy.least_noise, MIN_NOISE))]
     charge = charge_of(plan)

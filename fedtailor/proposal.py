@@ -14,16 +14,18 @@ from typing import Annotated, Literal
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import Field, ValidationError, model_validator
 
+from fedtailor import plugins
 from fedtailor.config import build, readable
 from fedtailor.errors import RefusedError
 from fedtailor.leaving import Leaving, agreed
+from fedtailor.plugins import Code
 from fedtailor.recipe import Recipe
 from fedtailor.seals import Public, canonical, genuine, sign, spelled
-from fedtailor.study import Frozen, Name, Plan
+from fedtailor.study import Digest, Frozen, Name, Plan
 
 DAY = 86_400
 SLACK = 300  # seconds by which the clocks of two institutions may differ
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PLUGIN = "plugin:"  # and a name: third-party code in a proposal's list
 
 
 class Member(Frozen):
@@ -39,7 +41,9 @@ class Proposal(Frozen):
     schema_: Literal["fedtailor.proposal/1"] = Field(default="fedtailor.proposal/1", alias="schema")
     run: Name
     plan: Plan
-    code: dict[str, Digest]  # what is installed at the coordinator: "recipe", "strategy", "training", "contract"
+    code: dict[
+        str, Digest
+    ]  # what is installed at the coordinator: "recipe", "strategy", "training", "contract", "plugin:…"
     leaves: Leaving
     roster: tuple[Member, ...]
     nonce: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")]
@@ -142,8 +146,15 @@ def fresh(proposal: Proposal, now: float) -> None:
         raise RefusedError(f"the proposal was made at {_date(proposal.created)}, which is not yet", code="expired")
 
 
+def third_party(proposal: Proposal) -> list[Code]:
+    """The plug-ins that a proposal runs, as they are installed here, or not. None of them is imported."""
+    here = {plugin.name: plugin.code() for plugin in plugins.of(proposal.plan)}
+    listed = (key.removeprefix(PLUGIN) for key in proposal.code if key.startswith(PLUGIN))
+    return [here.get(name, Code(name)) for name in sorted({*here, *filter(plugins.NAME.fullmatch, listed)})]
+
+
 def installed(proposal: Proposal) -> None:
-    """Compare what the proposal says with what is installed here.
+    """Compare what the proposal says with what is installed here. It imports what the plan names: approve that first.
 
     Raises:
         RefusedError: code ``code`` where another program would run than the one proposed, ``leaves`` where what the
@@ -161,16 +172,23 @@ def installed(proposal: Proposal) -> None:
         raise RefusedError("the proposal's list of what leaves is not what its strategy sends", code="leaves")
 
 
+CLIP = (
+    "privacy/site_level.py",
+    "privacy/adaptive.py",
+)  # what a site does to its summand where it is the site that is hidden
+
+
 @lru_cache(maxsize=16)
 def code_of(plan_text: str) -> tuple[tuple[str, str], ...]:
     """SHA-256 of the files that give a plan its meaning, by what they define."""
     plan = Plan.parse(plan_text)
     recipe = build(plan.recipe, Recipe)
     return (
-        ("recipe", _hash("recipes", "recipe.py", "contract.py")),
-        ("strategy", _hash("strategies", "strategy.py")),
-        ("training", _hash("training.py", "batches.py", "client/private_training.py", "client/work.py")),
+        ("recipe", _hash("recipes", "recipe.py", "contract.py", "adapters.py", "seeds.py")),
+        ("strategy", _hash("strategies", "strategy.py", "packing.py")),
+        ("training", _hash("training.py", "batches.py", "client/private_training.py", "client/work.py", *CLIP)),
         ("contract", hashlib.sha256(recipe.contract.encode()).hexdigest()),
+        *((PLUGIN + plugin.name, plugin.sha256()) for plugin in plugins.of(plan)),
     )
 
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fedtailor import seeds
+from fedtailor import adapters, seeds
 from fedtailor.training import Losses
 from fedtailor.tree import Params, Tree
 
@@ -36,23 +36,32 @@ class Recipe(NamedTuple):
 
     name: str
     prepare: Callable[[Table], Dataset]  # raises ContractError naming column, row and value
-    model: Callable[[], nn.Module]  # a fresh module: x [B, ...] -> outputs [B, ...]
+    model: Callable[[], nn.Module]  # a fresh module: x [B, ...] -> outputs [B, ...]; what it freezes is always the same
     losses: Callable[[Tensor, Tensor], Tensor]  # outputs, y -> loss of each example [B]
     metrics: Callable[[Tensor, Tensor], Metrics]  # outputs, y of a test part -> named metrics
     contract: str = ""  # the data contract that ``prepare`` goes by, as canonical text
+
+
+def parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that a study is about, by name: what is trained, and the shifts of adapters.
+
+    What a recipe freezes otherwise is part of the recipe: it does not travel, and every module of the recipe has it.
+    """
+    named = module.named_parameters()
+    return {name: p for name, p in named if p.requires_grad or adapters.is_part(name, adapters.SHIFT)}
 
 
 def initial(recipe: Recipe, seed: int) -> Params:
     """The parameters that every run of this recipe and seed starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeds.generator(seed, "init", recipe.name).initial_seed() % 2**63))
-        return {name: p.detach().clone() for name, p in recipe.model().named_parameters()}
+        return {name: p.detach().clone() for name, p in parameters(recipe.model()).items()}
 
 
 def shapes(recipe: Recipe) -> Params:
     """Parameters without memory behind them: names, dtypes and shapes of a model that may be too large to make."""
     with torch.device("meta"):
-        return {name: p.detach() for name, p in recipe.model().named_parameters()}
+        return {name: p.detach() for name, p in parameters(recipe.model()).items()}
 
 
 def losses(recipe: Recipe) -> Losses:

@@ -65,7 +65,7 @@ def console_table(result: Result) -> Table:
             f"{site.rows:,}",
             *(" → ".join(_short(site.metrics.get(kind, {}), m) for kind in kinds) for m in shown),
             "no DP" if site.epsilon is None else at_most(site.epsilon),
-            *((_size(site.bytes_sent), _size(site.bytes_received)) if result.transport else ("–", "–")),
+            *((_size(site.bytes_sent), _size(site.bytes_received)) if site.bytes_received else ("–", "–")),
         )
     table.add_section()
     table.add_row(

@@ -101,7 +101,7 @@ def safetensors(flat: dict[str, Tensor], metadata: dict[str, str] | None = None)
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
     for name in names:
-        yield _raw(flat[name])
+        yield raw(flat[name])
 
 
 def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
@@ -204,13 +204,13 @@ def _dtype(name: str, leaf: Tensor) -> str:
     return DTYPES[leaf.dtype]
 
 
-def _raw(leaf: Tensor) -> bytes | memoryview:
+def raw(leaf: Tensor) -> bytes | memoryview:
     """A tensor's bytes, without a copy where it is contiguous and on the CPU."""
     if not leaf.numel():
         return b""
     flat = leaf.detach().cpu().contiguous().as_strided((leaf.numel(),), (1,))  # one element may have any stride
-    raw: memoryview = flat.view(torch.uint8).numpy().data
-    return raw
+    octets: memoryview = flat.view(torch.uint8).numpy().data
+    return octets
 
 
 def _checksum(flat: dict[str, Tensor], metadata: dict[str, str]) -> str:
@@ -218,5 +218,5 @@ def _checksum(flat: dict[str, Tensor], metadata: dict[str, str]) -> str:
     for name in sorted(flat):
         leaf = flat[name]
         total.update(f"\0{name}\0{leaf.dtype}\0{list(leaf.shape)}\0".encode())
-        total.update(_raw(leaf))
+        total.update(raw(leaf))
     return total.hexdigest()

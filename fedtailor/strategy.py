@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fedtailor import tree
+from fedtailor import adapters, tree
 from fedtailor.tree import Tree
 
 
@@ -66,6 +66,11 @@ SUM = Reduce(_sum, is_sum=True)
 STACK = Reduce(_cat)  # for what must see all replies at once: the total is their stack, leaves [K, ...]
 
 
+def trained(name: str) -> bool:
+    """Whether local training moves a parameter: all but the shift of an adapter, which is the server's to move."""
+    return not adapters.is_part(name, adapters.SHIFT)
+
+
 class Strategy(NamedTuple):
     """One federated algorithm. Every function is pure; the client's two also run under ``torch.func.vmap``.
 
@@ -75,6 +80,9 @@ class Strategy(NamedTuple):
     A strategy that gives each client a model of its own says so by ``personal``, keeps what is the client's in its
     memory, and may start elsewhere: ``start`` makes one set of parameters, or several by name, which are then trained at
     once, each on the same examples. The gradients that ``correct`` is given, and ``local.params``, are trees like it.
+
+    Parameters that ``trains`` refuses by name have no gradient, no share of a clipped norm and no noise at a site;
+    ``correct`` gets the gradients of the others only, and the names in them are those to go by.
     """
 
     init: Callable[[Tree], Tree]  # params -> state
@@ -87,7 +95,9 @@ class Strategy(NamedTuple):
     personal: Callable[[Tree, Tree], Tree] | None = None  # cast, memory -> the client's own model
     reduce: Reduce = SUM
     needs_loss: bool = False  # whether ``report`` reads ``local.loss``, which DP-SGD's epsilon does not cover
+    trains: Callable[[str], bool] = trained  # a parameter's name -> whether local training moves it
     sensitivity: float | None = None  # where one client's summand is bounded for privacy: the bound, in L2 norm
+    packed: bool = False  # whether its summands are sparse or of few values, so that packing them is worth the work
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ drawn one, so that it says nothing about who was drawn.
 """
 
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,8 +16,9 @@ from fedtailor.strategy import Local, Strategy
 from fedtailor.tree import Tree
 
 Losses = Callable[[Tree, Tensor, Tensor], Tensor]  # params, x [B, ...], y [B] -> loss of each example [B]
-Gradient = Callable[[Tree, Tree], Tree]  # params, batch -> gradient
+Gradient = Callable[..., Tree]  # params, batch, and the parameters that stay, where some do -> gradient of params
 Train = Callable[[Tree, Tree, Tree, Tensor, Tensor], tuple[Tree, Tree]]
+NONE: Tree = {}
 
 NO_LOSS = (
     "strategy: it weights each site by the loss of its training rows, which record-level privacy (privacy.epsilon) does "
@@ -28,7 +28,13 @@ NO_LOSS = (
 
 def plain(losses: Losses) -> Gradient:
     """The gradient of the batch's loss, without any privacy."""
-    return torch.func.grad(partial(mean_loss, together(losses)))
+    every = together(losses)
+
+    def gradient(params: Tree, batch: Tree, fixed: Tree = NONE) -> Tree:
+        found: Tree = torch.func.grad(lambda moving: mean_loss(every, tree.joined(fixed, moving), batch))(params)
+        return found
+
+    return gradient
 
 
 def together(losses: Losses) -> Losses:
@@ -45,6 +51,13 @@ def together(losses: Losses) -> Losses:
         return torch.stack([losses(one, x, y) for one in several]).sum(0) if several else losses(params, x, y)
 
     return fn
+
+
+def parted(params: Tree, trains: Callable[[str], bool]) -> tuple[Tree, Tree]:
+    """The parameters that local training moves, and those that stay."""
+    flat = tree.flatten(params)
+    moving = {path: p for path, p in flat.items() if trains(path.rpartition("/")[2])}
+    return tree.unflatten(moving), tree.unflatten({path: p for path, p in flat.items() if path not in moving})
 
 
 def mean_loss(losses: Losses, params: Tree, batch: Tree) -> Tensor:
@@ -68,12 +81,12 @@ def clipped(losses: Losses, clip: float) -> Gradient:
 
     every = together(losses)
 
-    def one(params: Tree, x: Tensor, y: Tensor) -> Tree:
-        example = torch.func.grad(lambda p: every(p, x[None], y[None])[0])(params)
+    def one(params: Tree, fixed: Tree, x: Tensor, y: Tensor) -> Tree:
+        example = torch.func.grad(lambda p: every(tree.joined(fixed, p), x[None], y[None])[0])(params)
         return tree.clip(example, clip)
 
-    def gradient(params: Tree, batch: Tree) -> Tree:
-        each = torch.func.vmap(one, in_dims=(None, 0, 0))(params, batch["x"], batch["y"])
+    def gradient(params: Tree, batch: Tree, fixed: Tree = NONE) -> Tree:
+        each = torch.func.vmap(one, in_dims=(None, None, 0, 0))(params, fixed, batch["x"], batch["y"])
         total = tree.map(lambda g: torch.einsum("b,b...->...", batch["live"].to(g.dtype), g), each)
         return tree.map(lambda g, n: (g + n) * batch["scale"], total, batch["noise"])
 
@@ -116,8 +129,10 @@ def local_train(
             if step and over():
                 live = live[:step]
                 break
-            grads = strategy.correct(gradient(params, tree.at(batches, step)), params, cast, memory)
-            params = tree.map(lambda p, g, rate=lr * alive: p - rate * g, params, grads)
+            moving, fixed = parted(params, strategy.trains)
+            given = (moving, tree.at(batches, step), fixed) if fixed else (moving, tree.at(batches, step))
+            grads = strategy.correct(gradient(*given), params, cast, memory)
+            params = tree.joined(params, tree.map(lambda g, p, rate=lr * alive: p - rate * g, grads, params))
         seed = batches["seed"][0] if "seed" in batches else None
         return strategy.report(Local(cast, memory, params, num_examples, live.sum(), lr, seed, loss))
 

@@ -65,17 +65,32 @@ def unflatten(flat: dict[str, Tensor]) -> Tree:
     return tree
 
 
+def joined(*trees: Tree) -> Tree:
+    """One tree with the leaves of all ``trees``; where two have one, the later's.
+
+    >>> joined({"a": {"x": torch.zeros(1), "y": torch.zeros(1)}}, {"a": {"y": torch.ones(1)}})
+    {'a': {'x': tensor([0.]), 'y': tensor([1.])}}
+    """
+    return unflatten({path: x for tree in trees for path, x in flatten(tree).items()})
+
+
 def step(params: Tree, delta: Tree, scale: Tensor | float) -> Tree:
     """``params + scale * delta`` in the parameters' dtype, with no temporary copy where the dtypes agree."""
     return map(lambda p, d: torch.add(p, d.to(p.dtype), alpha=float(scale)), params, delta)
 
 
 def lowered(tree: Tree, like: Tree) -> Tree:
-    """``tree`` in the dtypes of ``like``, leaf by leaf, emptying ``tree`` on the way: never two whole copies at once."""
+    """``tree`` in the dtypes of ``like``, leaf by leaf, emptying ``tree`` on the way: never two whole copies at once.
+
+    What ``like`` does not have, because a reduction made it, stays as it is.
+    """
     out: Tree = {}
     for key in list(tree):
         leaf = tree.pop(key)
-        out[key] = lowered(leaf, like[key]) if isinstance(leaf, dict) else leaf.to(like[key].dtype)
+        if key not in like:
+            out[key] = leaf
+        else:
+            out[key] = lowered(leaf, like[key]) if isinstance(leaf, dict) else leaf.to(like[key].dtype)
         del leaf
     return out
 
@@ -97,7 +112,7 @@ def norm(tree: Tree) -> Tensor:
     return torch.stack([x.double().square().sum() for x in leaves(tree)]).sum().sqrt()
 
 
-def clip(tree: Tree, bound: float) -> Tree:
+def clip(tree: Tree, bound: float | Tensor) -> Tree:
     """Scale ``tree`` so that its joint L2 norm is at most ``bound``; a tree that is not finite becomes zero.
 
     A NaN norm would otherwise pass any comparison and let the whole tree through unclipped.

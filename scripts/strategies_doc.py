@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtailor import Strategy, strategies
-from fedtailor.config import build, choices, load
+from fedtailor.config import build, load, shipped
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "strategies.md"
 BEGIN, END = "<!-- catalogue: written by scripts/strategies_doc.py -->", "<!-- end of the catalogue -->"
@@ -17,7 +17,7 @@ BEGIN, END = "<!-- catalogue: written by scripts/strategies_doc.py -->", "<!-- e
 def catalogue() -> str:
     """One row for each choice of the group ``strategy``: everything comes from its code, its YAML file and its value."""
     head = "| `strategy=` | what for | arguments | sum | privacy | paper |\n|---|---|---|---|---|---|\n"
-    return head + "".join(f"{row(name)}\n" for name in choices("strategy"))
+    return head + "".join(f"{row(name)}\n" for name in shipped("strategy"))
 
 
 def row(name: str) -> str:

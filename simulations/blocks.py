@@ -44,7 +44,7 @@ def block_train(
         raise ConfigError(NO_LOSS)
     model, defaults = folded(recipe), Strategy._field_defaults
     starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
-    weighted = strategy.report if together and not starts and strategy.reduce.is_sum else None
+    weighted = strategy.report if together and strategy.reduce.is_sum else None
     weighted = weighted if isinstance(weighted, WeightedChange) else None
     rooms: Rooms = {}
 

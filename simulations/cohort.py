@@ -1,5 +1,6 @@
 """The sites of a simulated study: their data, and what each is fed in a round."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,25 +48,30 @@ def with_rows(plan: Plan, data: dict[str, Dataset]) -> tuple[Plan, list[dict[str
 
 def feed_of(plan: Plan, data: Mapping[str, Dataset], like: Tree) -> Feed:
     """All sites' training rows one after another, and noise of the shapes of ``like``: of what a site trains."""
-    parts = [data[site].train for site in plan.sites]
+    parts = [one.train for one in data.values()]
     table = Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
-    if plan.privacy is None or plan.privacy.noise_multiplier is None:
+    if plan.record is None or plan.record.noise_multiplier is None:
         return Feed(table)
-    return Feed(table, seeded(like, plan.privacy.noise_multiplier * plan.privacy.clip))
+    return Feed(table, seeded(like, plan.record.noise_multiplier * plan.record.clip))
 
 
 def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
-    """One round's batches of every site, ``[K, S, ...]``, padded to the largest: rows of :func:`feed_of`'s table."""
-    sizes = torch.tensor([len(data[site].train.y) for site in plan.sites])
-    masks = [draw(plan.local, int(n), plan.seed, round, site) for n, site in zip(sizes, plan.sites, strict=True)]
-    rows, live = numbered(masks)
+    """One round's batches of the plan's sites, ``[K, S, ...]``, padded to the largest: rows of :func:`feed_of`'s table.
+
+    Args:
+        data: of these sites and any others, as :func:`feed_of` was given it.
+    """
+    sizes = {site: len(one.train.y) for site, one in data.items()}
+    first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    rows, live = numbered([draw(plan.local, sizes[site], plan.seed, round, site) for site in plan.sites])
+    scale = torch.tensor([1.0 / (plan.local.rate * sizes[site]) for site in plan.sites])
     batches = {
-        "rows": rows + (sizes.cumsum(0) - sizes)[:, None, None],
+        "rows": rows + torch.tensor([first[site] for site in plan.sites])[:, None, None],
         "live": live,
-        "scale": (1.0 / (plan.local.rate * sizes.double())).float()[:, None].expand(-1, plan.local.steps),
+        "scale": scale[:, None].expand(-1, plan.local.steps),
         "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
     }
-    if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
+    if plan.record is not None and plan.record.noise_multiplier is not None:
         numbers = [seeds.number(plan.seed, "noise", round, site) for site in plan.sites]
         batches["noise_seed"] = torch.tensor(numbers)
     return batches

@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 from torch import Tensor
 
-from fedtailor import seeds, tree
+from fedtailor import plugins, seeds, tree
 from fedtailor.config import readable
 from fedtailor.errors import ConfigError, RefusedError, WireError
 from fedtailor.leaving import METRIC_DIGITS, Leaving, agreed
@@ -43,9 +43,9 @@ def read(path: Path, sites: tuple[str, ...]) -> dict[str, Policy]:
 
 def judge(plan: Plan, policies: Mapping[str, Policy]) -> dict[str, list[Rule]]:
     """Each site's verdict on a plan. A site without a policy refuses everything, and so has no verdict here."""
-    leaves = agreed(plan.canonical())
+    leaves, codes = agreed(plan.canonical()), [plugin.code() for plugin in plugins.of(plan)]
     known = [site for site in plan.sites if site in policies]
-    return {site: verdict(policies[site], plan, Case(site, [], leaves.bytes, leaves.models)) for site in known}
+    return {site: verdict(policies[site], plan, Case(site, [], leaves.bytes, leaves.models, codes)) for site in known}
 
 
 class Gate(NamedTuple):

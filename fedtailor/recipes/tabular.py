@@ -9,7 +9,9 @@ from pydantic import Field, PositiveInt, validate_call
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from fedtailor.adapters import adapted
 from fedtailor.contract import Column, Contract, Row, check, load_contract
+from fedtailor.errors import ConfigError
 from fedtailor.recipe import Dataset, Part, Recipe, Table
 from fedtailor.recipes.metrics import binary
 from fedtailor.recipes.splits import held_out
@@ -33,6 +35,8 @@ def tabular(
     contract: str | Contract,
     model: Literal["logistic", "mlp"] = "logistic",
     hidden: PositiveInt = 16,
+    adapters: PositiveInt | None = None,
+    exact: bool = False,
     test_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.33,
     split_seed: int = 0,
 ) -> Recipe:
@@ -45,16 +49,25 @@ def tabular(
         contract: the name of an installed contract, or one.
         model: ``logistic``: one linear layer, started at zero; ``mlp``: Linear, LayerNorm, GELU, Linear.
         hidden: width of the mlp.
+        adapters: freeze the mlp's first layer at random features, the same at every site and for every seed, and train an
+            adapter of this rank beside it; the other layers are trained as ever. None: train all of it.
+        exact: give the adapter a shift, for strategies that aggregate products exactly.
         test_fraction: share of subjects held out at each site, stratified by label.
         split_seed: draws them.
     """
+    if model != "mlp" and adapters is not None:
+        raise ConfigError(f"adapters: rank {adapters} for model={model}; only model=mlp has a layer to adapt")
+    if exact and adapters is None:
+        raise ConfigError("exact: true without adapters; set their rank, as in adapters: 4")
     agreed = load_contract(contract) if isinstance(contract, str) else contract
     width = sum(_width(column) for column in agreed.columns)
+    name = f"tabular-{model}-{agreed.name}"
 
     def module() -> nn.Module:
         if model == "mlp":
             body, norm = nn.Linear(width, hidden), nn.LayerNorm(hidden)
-            return Logit(body=body, norm=norm, act=nn.GELU(), head=nn.Linear(hidden, 1))
+            net = Logit(body=body, norm=norm, act=nn.GELU(), head=nn.Linear(hidden, 1))
+            return adapted(net, adapters, where=("layers.body",), exact=exact, key=name) if adapters else net
         linear = nn.Linear(width, 1)
         nn.init.zeros_(linear.weight)  # a convex problem: every start is as good, and zero is fair to all sites
         nn.init.zeros_(linear.bias)
@@ -71,7 +84,7 @@ def tabular(
     def losses(outputs: Tensor, y: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, y, reduction="none")
 
-    return Recipe(f"tabular-{model}-{agreed.name}", prepare, module, losses, binary, agreed.model_dump_json())
+    return Recipe(name, prepare, module, losses, binary, agreed.model_dump_json())
 
 
 def _width(column: Column) -> int:

@@ -1,6 +1,7 @@
 """The airlock: an answer leaves as the plan says, or not at all, and everything that leaves is written down."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import torch
 from answers import HEAD, LEAVES, METRICS, POLICY, VISIT, admitted, dropped, honest, written
 from safetensors.torch import load, save
 
-from fedtailor import wire
+from fedtailor import packing, wire
 
 # --- what passes ---
 
@@ -44,6 +45,29 @@ def test_an_evaluation_carries_no_tensors(tmp_path):
     dropped(tmp_path, written(tmp_path), "keys", visit)
     report, payload, _, _ = admitted(tmp_path, written(tmp_path, {}), visit)
     assert load(wire.salted(report.salt)(payload)) == {} and report.metrics == METRICS
+
+
+PACKED = LEAVES.model_copy(update={"packed": True})
+
+
+def test_an_answer_is_packed_after_it_was_checked_where_the_proposal_says_so(tmp_path):
+    report, payload, _, listed = admitted(tmp_path, written(tmp_path), leaves=PACKED)
+    plain = wire.salted(report.salt)(payload)
+    assert plain == b"".join(packing.pack(honest())) and len(plain) < len(save(honest()))
+    assert hashlib.sha256(plain).hexdigest() == report.summand_sha256
+    there = packing.unpack(io.BytesIO(plain), LEAVES.spec())
+    assert all(torch.equal(there[name], leaf) for name, leaf in honest().items()) and "tensors" in listed
+
+
+def test_the_training_process_does_not_pack(tmp_path):
+    dropped(tmp_path, written(tmp_path, raw=b"".join(packing.pack(honest()))), "format", leaves=PACKED)
+    dropped(tmp_path, written(tmp_path, with_first(lambda x: poked(x, math.nan))), "nonfinite", leaves=PACKED)
+
+
+def test_an_evaluation_of_a_packed_study_carries_no_tensors(tmp_path):
+    visit = VISIT.model_copy(update={"train": False})
+    report, payload, _, _ = admitted(tmp_path, written(tmp_path, {}), visit, leaves=PACKED)
+    assert packing.unpack(io.BytesIO(wire.salted(report.salt)(payload)), {}) == {}
 
 
 # --- what does not ---

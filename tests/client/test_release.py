@@ -44,7 +44,7 @@ def test_what_leaves_is_what_lies_in_the_outbox_and_is_written_down(tmp_path):
     assert line.pop("time").endswith("Z")
     size = len(stored.payload) + len(content["head"]["json"])
     assert line == {"run": "r", "round": 3, "bytes": size, "sha256": stored.report.summand_sha256, "epsilon": 1.5,
-                    "metrics": ["auroc", "loss"], "baseline": ["auroc", "loss"], "rows": 200,
+                    "metrics": ["auroc", "loss"], "personal": [], "baseline": ["auroc", "loss"], "rows": 200,
                     "tensors": {name: list(x.shape) for name, x in honest().items()},
                     "norm": round(sum(x.numel() for x in honest().values()) ** 0.5, 6)}  # fmt: skip
 
@@ -70,7 +70,7 @@ def test_every_release_is_a_line_of_its_own(tmp_path):
 
 def test_the_vocabulary_holds_every_word_that_a_site_refuses_with():
     """A word that is missing would reach the operator as "failed", and nobody would know why."""
-    kernel = ["policy", "proposal", "leaving", "config", "contract", "errors", "wire", "privacy/accounting"]
+    kernel = ["policy", "proposal", "leaving", "config", "contract", "errors", "wire", "plugins", "privacy/accounting"]
     package = Path(airlock.__file__).resolve().parents[1]
     files = [*(package / "client").glob("*.py"), *(package / "fedtailor" / f"{name}.py" for name in kernel)]
     files += [package / f"{name}.py" for name in kernel]

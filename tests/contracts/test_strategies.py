@@ -1,18 +1,18 @@
-"""What every strategy keeps, the shipped ones and their private forms: a new YAML file inherits all of it."""
+"""What every strategy keeps, shipped or of an installed plug-in, and its private form: a YAML file inherits it all."""
 
 from collections.abc import Iterable
+from pydoc import locate
 from typing import get_type_hints
 
 import pytest
 import torch
+from forms import private_forms
 from pydantic import TypeAdapter, ValidationError
-from safetensors.torch import load as from_bytes
-from safetensors.torch import save as to_bytes
+from safetensors import torch as files
 from torch import Tensor
 
-from fedtailor import Strategy, strategies, tree
-from fedtailor.config import build, choices
-from fedtailor.config import load as compose
+from fedtailor import STACK, Strategy, tree
+from fedtailor.config import build, choices, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
 from fedtailor.privacy.planning import resolve
@@ -22,13 +22,10 @@ from fedtailor.study import Spec
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Tree
 
-SPECS = {name: compose([f"strategy={name}"]).plan.strategy for name in choices("strategy")}
+SPECS = {name: load([f"strategy={name}"]).plan.strategy for name in choices("strategy")}
+FACTORIES = {name: locate(spec.target) for name, spec in SPECS.items()}
 SHIPPED = {name: build(spec, Strategy) for name, spec in SPECS.items()}
-PRIVATE = {
-    f"private {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7)
-    for name, strategy in SHIPPED.items()
-    if strategy.reduce.is_sum
-}
+PRIVATE = private_forms(SHIPPED)
 ALL = SHIPPED | PRIVATE
 K, S, B, D = 7, 5, 4, 3
 
@@ -134,9 +131,9 @@ def test_a_saved_state_gives_the_same_next_round(name: str) -> None:
         return strategy.apply(state, fold(strategy, replies), round)
 
     state = next_round(state, 0)
-    saved = to_bytes(tree.flatten(copied(state)))
+    saved = files.save(tree.flatten(copied(state)))
     expected = next_round(state, 1)
-    loaded = tree.unflatten(dict(sorted(from_bytes(saved).items())))  # a file does not keep the order of keys
+    loaded = tree.unflatten(dict(sorted(files.load(saved).items())))  # a file does not keep the order of keys
     assert_close(next_round(loaded, 1), expected, rtol=0, atol=0)
 
 
@@ -188,12 +185,13 @@ def test_one_client_moves_a_private_sum_by_at_most_the_clip(name: str) -> None:
     cast = strategy.broadcast(state)
     far = tree.map(lambda p: p + 1e6, strategy.start(cast, memories[0]))
     summand, _ = strategy.report(ended(cast, memories[0], far))
-    weight = summand.pop("weight")
+    weight, within = summand.pop("weight"), summand.pop("within", torch.tensor(-0.5))
     assert weight == 1  # a client counts once, whatever it holds
-    assert tree.norm(summand) <= 1 + 1e-6
+    assert within == -0.5  # it was clipped, and says so in a bit that is centred
+    assert 1 - 1e-5 < tree.norm(summand) <= 1
 
 
-SEE_ALL = [name for name, strategy in SHIPPED.items() if not strategy.reduce.is_sum]
+SEE_ALL = [name for name, strategy in SHIPPED.items() if strategy.reduce is STACK]
 # Flower's own code weights by what each client says, and runs as it is; tests/strategies/test_flower.py shows both ways.
 EQUAL = [name for name in SEE_ALL if (SPECS[name].model_extra or {}).get("weighting") != "examples"]
 
@@ -230,7 +228,7 @@ def test_what_a_client_says_of_its_own_weight_does_not_count(name: str) -> None:
     assert_close(ends[0], ends[1])
 
 
-@pytest.mark.parametrize("name", SEE_ALL)
+@pytest.mark.parametrize("name", [name for name in SHIPPED if not SHIPPED[name].reduce.is_sum])
 def test_what_is_not_a_sum_cannot_be_made_private(name: str) -> None:
     with pytest.raises(ConfigError, match="only a strategy that sums"):
         private(SHIPPED[name], clip=1.0, noise_multiplier=1.0, cohort=7)
@@ -240,7 +238,7 @@ def bad_values() -> list[tuple[str, str, object]]:
     """For each number that a strategy takes: a word, and a value just outside of each bound; a lower one it must have."""
     found: list[tuple[str, str, object]] = []
     for name in SHIPPED:
-        for argument, annotation in get_type_hints(getattr(strategies, name), include_extras=True).items():
+        for argument, annotation in get_type_hints(FACTORIES[name], include_extras=True).items():
             schema = {} if argument in ("of", "return") else TypeAdapter(annotation).json_schema()
             for kind in schema.get("anyOf", [schema]):
                 if kind.get("type") in ("number", "integer"):
@@ -264,10 +262,10 @@ def test_a_bad_argument_is_named(name: str, argument: str, value: object) -> Non
 def test_a_yaml_file_lists_every_argument(name: str) -> None:
     """So that each can be set without a plus sign, and be read there."""
     listed = (SPECS[name].model_extra or {}).keys()
-    assert listed == get_type_hints(getattr(strategies, name)).keys() - {"return"}
+    assert listed == get_type_hints(FACTORIES[name]).keys() - {"return"}
 
 
-WRAPPERS = [name for name in SHIPPED if "of" in get_type_hints(getattr(strategies, name))]
+WRAPPERS = [name for name in SHIPPED if "of" in get_type_hints(FACTORIES[name])]
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
@@ -283,13 +281,13 @@ def test_a_private_strategy_cannot_be_wrapped(name: str) -> None:
     inside = private(SHIPPED["fedavg"], clip=1.0, noise_multiplier=1.0, cohort=7)
     more = {"mu": 0.1} if name == "fedprox" else {}
     with pytest.raises(ValidationError, match="private already"):
-        getattr(strategies, name)(of=inside, **more)
+        FACTORIES[name](of=inside, **more)
 
 
 @pytest.mark.parametrize("name", [name for name in SHIPPED if SHIPPED[name].needs_loss])
 def test_a_loss_does_not_leave_under_record_level_privacy(name: str) -> None:
     with pytest.raises(ConfigError, match="does not cover"):
-        resolve(compose([f"strategy={name}", "privacy=record"]).plan)
+        resolve(load([f"strategy={name}", "privacy=record"]).plan)
     with pytest.raises(ConfigError, match="does not cover"):
         local_train(plain(losses), SHIPPED[name], lr=0.05)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from fedtailor import Strategy
-from fedtailor.config import build, choices, groups, load
+from fedtailor.config import build, choices, groups, load, shipped
 from fedtailor.contract import load_contract
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
@@ -25,7 +25,7 @@ def test_every_contract_loads(name):
     assert load_contract(name).name == name
 
 
-@pytest.mark.parametrize("name", choices("strategy"))
+@pytest.mark.parametrize("name", shipped("strategy"))
 def test_a_strategy_is_named_like_its_file(name):
     assert load([f"strategy={name}"]).plan.strategy.target == f"fedtailor.strategies.{name}"
 

@@ -67,9 +67,14 @@ def test_every_strategy_hears_the_same(name, clip):
     assert_close(found, expected)
 
 
+HALVED = strategies.fedavg()._replace(start=lambda cast, memory: tree.map(lambda p: p / 2, cast["params"]))
+
+
 @BOTH
 @pytest.mark.parametrize("name", ["mlp", "text", "conv2d", "twice", "wide", "wide twice"])
-@pytest.mark.parametrize("strategy", [strategies.fedavg(), strategies.fednova()], ids=["fedavg", "fednova"])
+@pytest.mark.parametrize(
+    "strategy", [strategies.fedavg(), strategies.fednova(), HALVED], ids=["fedavg", "fednova", "start"]
+)
 def test_the_sum_of_a_block_is_its_clients_sum(name, clip, strategy):
     """Also where no client's weights are ever made: the wide layers of a plain run, or of a clipped one without noise."""
     recipe, inputs = made(name)

@@ -40,8 +40,8 @@ def test_a_slow_site_counts_in_a_later_round_by_its_weight(plan, sources):
 
 
 def test_an_answer_that_is_too_old_is_dropped_by_name(plan, sources):
-    made = plan(**FIELDS | {"rounds": 8}, buffer={"answers": 2, "oldest": 3})
-    result, _ = moved(made, sources, step_s=SLOW)
+    made = plan(**FIELDS | {"rounds": 10}, buffer={"answers": 2, "oldest": 3})
+    result, _ = moved(made, sources, step_s=SLOW)  # and it is not asked again before it has answered
     assert result.dropped == [{"round": 7, "site": "west", "code": "stale"}]
 
 
@@ -50,6 +50,8 @@ def test_a_quorum_must_answer_the_rounds_own_question(plan, sources):
     made = plan(**FIELDS | {"quorum": 3, "rounds": 2}, buffer={"answers": 3})
     waits = moved(made, sources, step_s=SLOW)[1]
     torch.testing.assert_close(waits, moved(plan(**FIELDS | {"rounds": 2}), sources)[1])
+    two = plan(**FIELDS | {"quorum": 2, "rounds": 3}, buffer={"answers": 2})
+    assert moved(two, sources, step_s={"west": 1.25})[0].rounds == 3  # at 2.5 s and 4 s two are there, one of them late
     with pytest.raises(ConfigError, match="round 0: 2 of 3 sites replied, the quorum is 3, within deadline_s=5"):
         simulate(made.model_copy(update={"deadline_s": 5.0}), sources, step_s=SLOW)
 

@@ -32,6 +32,8 @@ def test_every_site_sees_the_rows_that_it_would_draw_in_a_deployment(plan, sourc
         expected = pack(part, draw(made.local, len(part.y), made.seed, 4, site), 0.1, found["live"].shape[-1])
         for name, x in expected.items():
             assert torch.equal(found[name][k], x), (site, name)
+    some = cohort.batches_of(made.model_copy(update={"sites": made.sites[1:]}), data, 4)  # whose turn it is
+    assert torch.equal(some["rows"][..., :1], batches["rows"][1:, :, :1])
 
 
 def test_noise_is_its_clients_own_whatever_the_block():

@@ -1,5 +1,8 @@
 """Compression: what is sent, what is kept for later, and chance that is right in the mean and the same everywhere."""
 
+import math
+from functools import partial
+
 import pytest
 import torch
 
@@ -8,9 +11,11 @@ from fedtailor import seeds, tree
 from fedtailor.batches import choices
 from fedtailor.client.work import perform
 from fedtailor.config import build, load
+from fedtailor.leaving import agreed
+from fedtailor.privacy import private
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.run import simulate
-from fedtailor.strategies import fedavg, feddyn, quantise, scaffold, sign, topk
+from fedtailor.strategies import fedavg, feddyn, fedprox, krum, norm_bound, quantise, robust, scaffold, sign, topk
 from fedtailor.strategy import Local, Strategy
 from fedtailor.wire import Visit
 
@@ -122,6 +127,28 @@ def test_the_memory_of_the_strategy_inside_is_kept_apart(of):
     torch.testing.assert_close(kept["of"], alone)
     corrected = strategy.correct(NONE, ends, cast, kept)
     torch.testing.assert_close(corrected, of.correct(NONE, ends, cast, alone))
+
+
+def test_what_shrinks_is_packed_also_inside_others_and_nothing_else_is():
+    assert all(make().packed for make in (topk, quantise, sign))
+    for outside in (partial(fedprox, 0.1), robust, krum, norm_bound, topk):
+        assert outside(of=sign(scaffold(population=3))).packed
+    assert private(sign(), clip=1.0, noise_multiplier=1.0, cohort=3).packed
+    assert not any(one.packed for one in (fedavg(), scaffold(population=3), feddyn(), fedprox(0.1), robust(), krum()))
+
+
+def test_a_proposal_says_that_answers_are_packed_and_their_bound_stays():
+    leaves = {name: agreed(load(["study=heart", f"strategy={name}"]).plan.canonical()) for name in ("fedavg", "topk")}
+    assert leaves["topk"].packed and not leaves["fedavg"].packed
+    assert leaves["topk"] == leaves["fedavg"].model_copy(update={"packed": True})
+
+
+def test_a_coordinate_rounded_to_nothing_has_no_sign():
+    """Minus zero would be one value more, and a bit more of each coordinate."""
+    strategy = quantise(bits=2)
+    for seed in range(20):
+        sent, _ = told(strategy, strategy.remember(NONE), [6.0, -0.1, -0.1], -0.0, seed)
+        assert all(math.copysign(1, x) == 1 for x in sent if x == 0)
 
 
 def test_a_memory_from_a_file_has_no_empty_branch():

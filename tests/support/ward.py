@@ -15,7 +15,7 @@ from fedtailor.client.workshop import Workshop
 from fedtailor.datasets import heart_disease, write_csv
 from fedtailor.server import home as server
 
-POLICY = ("epsilon", "task_memory_mb", "max_download_mb", "studies")
+POLICY = ("epsilon", "task_memory_mb", "max_download_mb", "studies", "plugins")
 
 
 def admitted(folder: Path, hub: server.Home | None = None) -> Path:
