@@ -60,7 +60,8 @@ def block_train(
             losses = torch.stack([gradients.mean_losses(recipe, model, shared, batch) for batch in fed], 1)
             known["loss"] = (losses * live).sum(1) / live.sum(1)
         noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
-        start = _over_clients(lambda memory: strategy.start(cast, memory), clients)(memory) if starts else shared
+        begin = _over_clients(lambda known: strategy.start(cast, known["memory"]), clients)
+        start = begin(known) if starts else shared
         thin = weighted is not None and not corrects and not noisy  # noise has no low rank
         kept = None if weighted is None else rooms
         sets = {name: Descent(params, steps, not starts, thin, kept) for name, params in _sets(start).items()}

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, dropout, linear, relu
 from fedtailor import strategies
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
-from fedtailor.simulations import paths
+from fedtailor.simulations import paths, run
 from fedtailor.simulations.feed import NOTHING
 from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.run import simulate
@@ -180,3 +180,15 @@ def test_the_way_does_not_show(plan, sources, strategy, privacy):
     for path in ("vmap", "loop"):
         for name, p in ends["block"].items():
             torch.testing.assert_close(p, ends[path][name], rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_made_in_one_go_is_the_same_and_counts_every_sites_bytes(plan, sources, monkeypatch):
+    apart, p = simulate(plan(), sources)
+    monkeypatch.setattr(run, "SMALL", 1)
+    taken = []
+    monkeypatch.setattr(run, "Task", lambda *given: taken.append(given[-1]) or Task(*given))
+    whole, q = simulate(plan(), sources)
+    assert taken == [True]
+    for name in p:
+        torch.testing.assert_close(p[name], q[name], rtol=1e-5, atol=1e-6)
+    assert all(whole.sites[site].bytes_sent == one.bytes_sent > 0 for site, one in apart.sites.items())
