@@ -39,9 +39,19 @@ def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -
         def on_event(event: dict[str, Any]) -> None:
             if event.get("kind") == "round":
                 progress.update(task, completed=event["round"])
+            if event.get("kind") == "path" and event["why"]:
+                progress.console.print(
+                    f"clients are trained by {event['path']}, {event['block']} at once: {event['why']}"
+                )
 
         result, params = run_study(
-            plan, sources, block=simulation.block, policies=rules, step_s=simulation.step_s, on_event=on_event
+            plan,
+            sources,
+            block=simulation.block,
+            path=simulation.path,
+            policies=rules,
+            step_s=simulation.step_s,
+            on_event=on_event,
         )
     folder = out or Path("outputs") / "simulate" / plan.study
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
