@@ -13,7 +13,7 @@ from fedtailor.strategy import Local, Strategy
 from fedtailor.study import AdaptiveClip
 from fedtailor.tree import Tree
 
-BESIDE = ("weight", "within")  # what a summand holds beside its values
+EXTRAS = ("weight", "within")  # what a summand holds beside its values
 SHORT = 1 - 2.0**-20  # a clip is missed by a rounding of float32; then it is missed downwards
 
 
@@ -114,7 +114,7 @@ def within_bound(summand: Mapping[str, Tensor], clip: float) -> bool:
 
     The other clients' privacy does not rest on it, but the model and the next clip do. Pieces are looked at one by one.
     """
-    squares = [torch.linalg.vector_norm(x.double()) ** 2 for path, x in summand.items() if path not in BESIDE]
+    squares = [torch.linalg.vector_norm(x.double()) ** 2 for path, x in summand.items() if path not in EXTRAS]
     short = float(sum(squares)) ** 0.5 <= clip * (1 + 1e-6)
     return short and float(summand["weight"]) == 1 and ("within" not in summand or abs(float(summand["within"])) <= 0.5)
 
@@ -125,7 +125,7 @@ def _once(strategy: Strategy, local: Local) -> tuple[Tree, Tree]:
 
 
 def _values(summand: Tree) -> Tree:
-    return {k: v for k, v in summand.items() if k not in BESIDE}
+    return {k: v for k, v in summand.items() if k not in EXTRAS}
 
 
 def _secret(seed: int, key: bytes | None) -> bytes:
