@@ -39,6 +39,7 @@ class Home:
         self.folder = folder.resolve()
         self.state = self.folder / "state"
         self.inbox, self.outbox, self.memory = (self.state / name for name in ("inbox", "outbox", "memory"))
+        self.models = self.state / "models"  # of this site's own, one a study that gave it one
 
     def make(self) -> None:
         """Create the state folders, readable by their owner only."""

@@ -85,6 +85,8 @@ class Tasks:
         out.mkdir(mode=0o700, parents=True)
         if kept[0].memory:
             store.save_tree(out / "memory.safetensors", kept[0].memory, {})
+        if kept[0].model:
+            store.save_tree(out / "model.safetensors", kept[0].model, {})
         report, summand = wire.unpacked(reply.content)
         (out / "summand.safetensors").write_bytes(summand)  # scratch: what leaves, the airlock makes durable
         store.write_text(out / "work.json", report)

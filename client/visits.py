@@ -181,6 +181,9 @@ class Visits:
             key=reservation.key.hex() if reservation and reservation.key else None,
             memory=str(memory) if memory else None,
         )
+        if (out / "model.safetensors").exists():  # of the study's last visit
+            self.home.models.mkdir(mode=0o700, exist_ok=True)
+            (out / "model.safetensors").replace(self.home.models / f"{visit.run}.safetensors")
         if (out / "memory.safetensors").exists():
             kept = self.home.memory / visit.run
             kept.mkdir(mode=0o700, exist_ok=True)

@@ -16,11 +16,11 @@ from fedtailor.config import build
 from fedtailor.errors import RefusedError
 from fedtailor.privacy.csprng import Csprng
 from fedtailor.privacy.planning import strategy_of
-from fedtailor.recipe import Dataset, Recipe
+from fedtailor.recipe import Dataset, Part, Recipe
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
 from fedtailor.training import local_train, plain
-from fedtailor.tree import Tree
+from fedtailor.tree import Params, Tree
 from fedtailor.wire import Report, Visit
 
 
@@ -30,6 +30,7 @@ class Work(NamedTuple):
     report: Report
     summand: Tree
     memory: Tree
+    model: Tree = {}  # the study's end for this site, to stay here: the better of its own model and the shared one
 
 
 @lru_cache(maxsize=4)
@@ -62,12 +63,15 @@ def perform(
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
                     summand_sha256="0" * 64, salt="0" * 64)  # fmt: skip
     update: dict[str, object] = {}
+    model: Tree = {}
     if not memory and strategy.remember(expected["params"]):
         memory = strategy.remember(recipes.initial(recipe, plan.seed))
     if visit.evaluate:
         update["metrics"] = recipes.evaluate(recipe, model_in(cast), data.test, minimum)
         if strategy.personal is not None:
-            update["personal"] = recipes.evaluate(recipe, strategy.personal(cast, memory), data.test, minimum)
+            own = strategy.personal(cast, memory)
+            update["personal"] = recipes.evaluate(recipe, own, data.test, minimum)
+            model = better(recipe, own, model_in(cast), data.test) if not visit.train else {}
     if visit.baseline:
         update["baseline"] = recipes.evaluate(recipe, train_alone(recipe, data.train, plan, site), data.test, minimum)
     summand: Tree = {}
@@ -98,7 +102,15 @@ def perform(
                 over=over,
             )
     update["seconds"] = time.monotonic() - began
-    return Work(report.model_copy(update=update), summand, memory)
+    return Work(report.model_copy(update=update), summand, memory, model)
+
+
+def better(recipe: Recipe, own: Params, shared: Params, part: Part) -> Params:
+    """Whichever has the lower mean loss on ``part``; a site's own where they are equal, or there is nothing to measure."""
+    losses = recipes.losses(recipe)
+    with torch.no_grad():
+        found = [float(losses(params, part.x, part.y).mean()) for params in (own, shared)]
+    return shared if found[1] < found[0] else own
 
 
 def after(seconds: float | None) -> Callable[[], bool]:

@@ -56,6 +56,27 @@ def test_visits_come_to_what_is_simulated(strategy):
         assert result.metrics["personal"] != result.metrics["federated"]
 
 
+@pytest.mark.parametrize("strategy", ["ditto", "fedavg"])
+def test_a_site_keeps_the_better_of_its_own_model_and_the_shared_one(strategy):
+    plan, simulation = load([*HEART, f"strategy={strategy}"])
+    recipe, rule = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    data = prepared(plan, recipe, build(simulation.data, dict))["va"]
+    start = recipes.initial(recipe, plan.seed)
+    cast, memory = rule.broadcast(rule.init(start)), rule.remember(start)
+    part, losses = data.test, recipes.losses(recipe)
+    worse = tree.map(lambda p: p + 3, start)
+    for own, shared in ((worse, start), (start, worse)):
+        given = cast | {"params": shared}, memory | ({"own": own} if strategy == "ditto" else {})
+        for train in (True, False):
+            visit = Visit(run="r", round=3 - train, train=train, evaluate=True, baseline=False, plan=plan.canonical(),
+                          cast_sha256="0" * 64)  # fmt: skip
+            model = perform(visit, given[0], data, given[1], site="va", key=None).model
+            if train or strategy == "fedavg":  # the shared model is in the coordinator's result
+                assert model == {}
+            else:
+                assert losses(model, part.x, part.y).mean() == losses(start, part.x, part.y).mean()
+
+
 def test_an_own_models_metrics_leave_where_the_plan_gives_the_site_one(tmp_path):
     for models, expected in ((1, None), (2, METRICS["auroc"])):
         outbox = tmp_path / str(models)

@@ -44,6 +44,8 @@ def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy
     deployed = load_file(deployment.run_folder(run) / "model.safetensors")
     assert norm({name: deployed[name] - params[name] for name in params}) < 1e-5
     for site in deployment.sites:
+        own = deployment.site_home(site) / "state" / "models" / f"{run}.safetensors"
+        assert own.exists() == ("personal" in simulated.metrics)  # a model of its own stays at the site
         assert result["sites"][site]["metrics"].keys() == simulated.sites[site].metrics.keys()
         for kind in simulated.sites[site].metrics:
             assert result["sites"][site]["metrics"][kind] == pytest.approx(
