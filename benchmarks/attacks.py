@@ -44,9 +44,18 @@ def min_max(honest: Tree, own: Tree) -> Tree:
     return tree.map(lambda m, s, o: (m - low * s).expand_as(o), mean, std, own)
 
 
+def noise(honest: Tree, own: Tree) -> Tree:
+    """Gaussian noise of deviation 200, as in Blanchard et al. 2017, https://arxiv.org/abs/1703.02757; the same each round."""
+    generator = torch.Generator().manual_seed(0)
+    return tree.map(lambda o: 200 * torch.randn(o.shape, generator=generator), own)
+
+
 ATTACKS = {
     "none": Liars(lambda honest, own: own),
     "sign flip": Liars(same(lambda h: -h.mean(0))),
+    "sign flip, 5": Liars(
+        lambda honest, own: tree.map(lambda o: -5 * o, own)
+    ),  # its own update: it knows nobody else's
     "inner product, 0.5": Liars(same(lambda h: -0.5 * h.mean(0))),  # Xie et al. 2019, https://arxiv.org/abs/1903.03936
     "inner product, 10": Liars(same(lambda h: -10 * h.mean(0))),
     "a little": Liars(
@@ -57,6 +66,7 @@ ATTACKS = {
     "model replacement": Liars(
         lambda honest, own: tree.map(lambda o: 20 * o, own), turned=True
     ),  # Bagdasaryan et al. 2020
+    "noise": Liars(noise),
     "NaN": Liars(same(lambda h: torch.full_like(h[0], float("nan")))),
 }
 

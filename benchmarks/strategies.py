@@ -1,6 +1,6 @@
 """The catalogue on label-skewed MNIST, and the robust strategies under attack.
 
-    python -m benchmarks.strategies [--quick] [--json] [--rounds N] [--seed 0] [skew | attacks]…
+    python -m benchmarks.strategies [--quick] [--json] [--rounds N] [--seed 0] [--defences a,b] [skew | attacks]…
 
 Skew: 10 clients, labels by Dirichlet(0.5) and two classes each. Attacks: 20 clients by Dirichlet(0.5), four of them
 liars. A small MLP, plain SGD of rate 0.1 on batches of 32; a client takes steps in proportion to its rows. The figure is
@@ -9,25 +9,20 @@ the accuracy on the 10,000 test images after the last round. It needs mnist.npz 
 
 import argparse
 import json
-import os
 import sys
 import time
-from pathlib import Path
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from benchmarks.attacks import ATTACKS, attacked
+from benchmarks.data import MNIST, World, dirichlet, mnist, two_classes
 from fedtailor import Strategy, seeds, strategies, tree
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.strategy import model_in
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Params, Tree
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside a checkout, unless the environment says where
-MNIST = Path(os.environ.get("FEDTAILOR_DATA", DATA)) / "mnist" / "mnist.npz"
 LR, BATCH, STEPS, LIARS = 0.1, 32, 20, 4
 SKEWED: dict[str, Strategy] = {
     "fedavg": strategies.fedavg(),
@@ -60,44 +55,6 @@ DEFENCES: dict[str, Strategy] = {
     "nnm(krum)": strategies.nnm(strategies.krum(attackers=LIARS), attackers=LIARS),
     "bucketing(median)": strategies.bucketing(strategies.median()),
 }
-
-
-class World(NamedTuple):
-    """Images and labels, and which rows each client has."""
-
-    x: Tensor  # [N, 784]
-    y: Tensor
-    test_x: Tensor
-    test_y: Tensor
-    clients: list[Tensor]
-
-
-def mnist(images: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The first ``images`` of the training part, and the test part."""
-    data = np.load(MNIST, allow_pickle=False)
-    x, test_x = (torch.from_numpy(data[k]).reshape(-1, 784).float() / 255 for k in ("x_train", "x_test"))
-    y, test_y = (torch.from_numpy(data[k]).long() for k in ("y_train", "y_test"))
-    return x[:images], y[:images], test_x, test_y
-
-
-def dirichlet(y: Tensor, clients: int, alpha: float, seed: int) -> list[Tensor]:
-    """Each class dealt out by shares drawn from Dirichlet(alpha), drawn again until every client has 20 rows."""
-    rng = np.random.default_rng(seeds.number(seed, "dirichlet"))
-    while True:
-        parts: list[list[int]] = [[] for _ in range(clients)]
-        for label in range(10):
-            rows = rng.permutation(np.flatnonzero(y.numpy() == label))
-            cuts = (np.cumsum(rng.dirichlet([alpha] * clients))[:-1] * len(rows)).astype(int)
-            for part, some in zip(parts, np.split(rows, cuts), strict=True):
-                part.extend(some.tolist())
-        if min(map(len, parts)) >= 20:
-            return [torch.tensor(part) for part in parts]
-
-
-def two_classes(y: Tensor, clients: int) -> list[Tensor]:
-    """Client k has half of the rows of class k and half of those of the next."""
-    halves = [(y == label).nonzero()[:, 0].chunk(2) for label in range(10)]
-    return [torch.cat([halves[k % 10][0], halves[(k + 1) % 10][1]]) for k in range(clients)]
 
 
 def model() -> nn.Module:
@@ -188,6 +145,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--defences", help="some of them, by name, with commas between; default all")
     parser.add_argument("parts", nargs="*", help="skew, attacks; default both")
     arguments = parser.parse_args()
     if not MNIST.exists():
@@ -198,7 +156,10 @@ def main() -> None:
     if "skew" in (arguments.parts or ["skew"]):
         found["skew"] = skew(rounds, images, arguments.seed)
     if "attacks" in (arguments.parts or ["attacks"]):
-        some = list(DEFENCES)[:3] if arguments.quick else list(DEFENCES)
+        every = list(DEFENCES)[:3] if arguments.quick else list(DEFENCES)
+        some = arguments.defences.split(",") if arguments.defences else every
+        if unknown := set(some) - set(DEFENCES):
+            sys.exit(f"--defences: no {', '.join(unknown)}; there are {', '.join(DEFENCES)}")
         found["attacks"] = under_attack(rounds, images, arguments.seed, some)
     if arguments.json:
         print(json.dumps(found))

@@ -59,8 +59,8 @@ def _research(visit: Visit, cast: Tree, message: Message, context: Context) -> W
     memory: Tree = tree.unflatten(load(kept[wire.STYPE].data)) if kept else {}
     work = perform(visit, cast, data, memory, site=str(asked["site"]), key=os.urandom(32))
     plan = prepared(visit.plan)[0]
-    if plan.privacy is not None and (charge := charge_of(plan)) is not None:  # nobody else keeps account here
-        spent = epsilon([charge] * (visit.round + visit.train), plan.privacy.delta)
+    if plan.record is not None and (charge := charge_of(plan)) is not None:  # nobody else keeps account here
+        spent = epsilon([charge] * (visit.round + visit.train), plan.record.delta)
         work = work._replace(report=work.report.model_copy(update={"epsilon": spent}))
     if visit.train:
         context.state["memory"] = wire.packed(to_bytes(work.memory))

@@ -251,5 +251,5 @@ def as_row(known: Known, state: State) -> dict[str, Any]:
     """One line of ``fedtailor client plans``."""
     plan = known.proposal.plan
     return {"hash": known.digest[:12], "run": known.proposal.run, "study": plan.study, "state": state,
-            "rounds": plan.rounds, "epsilon": plan.privacy.epsilon if plan.privacy else None,
+            "rounds": plan.rounds, "epsilon": plan.record.epsilon if plan.record else None,
             "sites": list(plan.sites), "expires": known.proposal.expires}  # fmt: skip

@@ -70,8 +70,8 @@ def private_train(
             needs a loss, which the guarantee would not cover.
         FedtailorError: code ``nonfinite``, if the model's parameters overflow.
     """
-    if plan.privacy is None:
-        raise ConfigError("plan.privacy: null; this site trains with record-level privacy only")
+    if plan.record is None:
+        raise ConfigError("plan.privacy: not of a record; this site trains with record-level privacy only")
     if strategy.needs_loss:
         raise ConfigError(NO_LOSS)
     if len(part.y) == 0:
@@ -85,7 +85,7 @@ def private_train(
         optimizer = SafeDPOptimizer(
             torch.optim.SGD(moving, lr=plan.local.lr),
             noise_multiplier=noise_multiplier,
-            max_grad_norm=plan.privacy.clip,
+            max_grad_norm=plan.record.clip,
             rng=rng,
         )
         steps = 0

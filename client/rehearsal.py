@@ -16,9 +16,9 @@ from fedtailor.client.visits import Described, Visits
 from fedtailor.config import build
 from fedtailor.policy import charges_of
 from fedtailor.privacy.accounting import Charge, epsilon
+from fedtailor.privacy.planning import strategy_of
 from fedtailor.receipts import Head
 from fedtailor.recipe import Recipe
-from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.wire import Visit
 
@@ -42,7 +42,7 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
         RefusedError: what the airlock would say.
         FedtailorError: what the training process would.
     """
-    plan, policy, kinds = known.proposal.plan, visits.config.policy, _kinds(known.proposal.plan)
+    plan, policy, kinds = known.proposal.plan, visits.config.policy, _kinds(known.proposal.plan, visits.config.site)
     cast = _cast(plan)
     sizes, took = [], []
     with tempfile.TemporaryDirectory(dir=visits.home.state, prefix=".rehearsal-") as scratch:
@@ -54,13 +54,14 @@ def rehearse(visits: Visits, known: Known, data: Described, spent: list[Charge])
             assert stored is not None
             sizes.append(len(stored.payload) + len(stored.report.model_dump_json()))
     charges = charges_of(policy, plan, known.proposal.leaves.models)
-    delta = plan.privacy.delta if plan.privacy else policy.delta
-    training = charges[: plan.rounds] if plan.privacy else []
+    delta = plan.record.delta if plan.record else policy.delta
+    training = charges[: plan.rounds] if plan.record else []
     return Forecast(
         epsilon=epsilon(training, delta) if training else None,
         epsilon_after=epsilon([*spent, *charges], delta) if charges else None,
         bytes_out=sum(kind.times * size for kind, size in zip(kinds, sizes, strict=True)),
-        bytes_in=(plan.rounds + 1) * (len(cast) + len(_visit(known, cast, train=True).model_dump_json())),
+        bytes_in=sum(kind.times for kind in kinds[1:])
+        * (len(cast) + len(_visit(known, cast, train=True).model_dump_json())),
         seconds_a_round=round(took[1], 3),
         minutes=round(sum(kind.times * seconds for kind, seconds in zip(kinds, took, strict=True)) / 60, 2),
         memory_mb=_peak_mb(visits.workshop.pid),
@@ -74,11 +75,12 @@ class _Kind(NamedTuple):
     times: int
 
 
-def _kinds(plan: Plan) -> list[_Kind]:
-    evaluated = len(range(0, plan.rounds, plan.evaluation.every))
+def _kinds(plan: Plan, site: str) -> list[_Kind]:
+    asked = [round for round in range(plan.rounds) if site in plan.asked(round)]
+    evaluated = sum(round % plan.evaluation.every == 0 for round in asked)
     kinds = [_Kind({}, 1), _Kind({"train": True, "evaluate": True}, evaluated)]
-    if evaluated < plan.rounds:
-        kinds.append(_Kind({"train": True}, plan.rounds - evaluated))
+    if evaluated < len(asked):
+        kinds.append(_Kind({"train": True}, len(asked) - evaluated))
     return [*kinds, _Kind({"evaluate": True, "baseline": plan.evaluation.baseline}, 1)]
 
 
@@ -101,12 +103,12 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
     if not cast:
         airlock.agree(outbox, visit, airlock.Facts(head=head))
         return
-    if head is None and known.proposal.plan.privacy is not None:  # the study's first round will make one
+    if head is None and known.proposal.plan.record is not None:  # the study's first round will make one
         head = Head(count=1, hash="0" * 64, signature=seals.sign(visits.key, "ledger-head", ""))
     own = f"rehearsal-{secrets.token_hex(8)}"  # two people may rehearse at a time
     entry, out = visits.home.inbox / f".{own}", visits.home.state / "work" / own
     facts = airlock.Facts(
-        epsilon=1.2345678901234567 if known.proposal.plan.privacy else None,  # a number of the usual length
+        epsilon=1.2345678901234567 if known.proposal.plan.record else None,  # a number of the usual length
         rows=data.rows,
         train_rows=data.train_rows,
         test_rows=data.test_rows,
@@ -118,7 +120,7 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
         entry.mkdir(mode=0o700, exist_ok=True)
         store.write_bytes(entry / "payload.safetensors", cast)
         store.write_text(entry / "head.json", visit.model_dump_json())
-        key = secrets.token_hex(32) if known.proposal.plan.privacy else None
+        key = secrets.token_hex(32) if known.proposal.plan.record else None
         visits.workshop.ask(op="visit", entry=str(entry), out=str(out), key=key, memory=None)
         airlock.admit(out, outbox, visit, known.proposal.leaves, visits.config.policy, facts)
     finally:
@@ -127,7 +129,7 @@ def _perform(visits: Visits, visit: Visit, known: Known, data: Described, cast: 
 
 
 def _cast(plan: Plan) -> bytes:
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan)
     cast = strategy.broadcast(strategy.init(recipes.initial(recipe, plan.seed)))
     return b"".join(store.safetensors(tree.flatten(cast)))
 

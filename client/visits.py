@@ -115,6 +115,8 @@ class Visits:
         refuse(self.verdict(known, []))  # before the data are touched at all
         refuse_unless_approved(self.stands(known), known)
         warrants.check(visit, known, policy, self.plans.signer, self.plans.own, self.ledger)
+        if visit.train and self.config.site not in plan.asked(visit.round):
+            raise RefusedError(f"round {visit.round} is not this site's turn", code="rounds")
         asks = visit.train or visit.evaluate or visit.baseline
         if asks:
             open_now(policy, datetime.now())
@@ -204,9 +206,9 @@ class Visits:
 
     def _reserve(self, plan: Plan, visit: Visit, fingerprint: str) -> Reservation | None:
         charge = charge_of(plan)
-        if charge is None or plan.privacy is None or not visit.train:
+        if charge is None or plan.record is None or not visit.train:
             return None
-        cap = Cap(self.config.policy.epsilon, plan.privacy.delta)
+        cap = Cap(self.config.policy.epsilon, plan.record.delta)
         reserve = partial(
             self.ledger.reserve,
             account=self.config.data.name,
@@ -215,7 +217,7 @@ class Visits:
             visit=inbox.key_of(visit),
             charge=charge,
             cap=cap,
-            promise=plan.privacy.epsilon,
+            promise=plan.record.epsilon,
         )
         reservation = reserve()
         if reservation.key is None:  # it was settled, but its answer is gone from the outbox: this is a new release
@@ -228,7 +230,7 @@ class Visits:
         charge, count = metric_charge(self.config.policy), leaves.models * visit.evaluate + visit.baseline
         if charge is None or not count:
             return None
-        delta = plan.privacy.delta if plan.privacy else self.config.policy.delta
+        delta = plan.record.delta if plan.record else self.config.policy.delta
         reserve = partial(
             self.ledger.reserve,
             account=self.config.data.name,
@@ -249,7 +251,7 @@ class Visits:
 
     def _spent(self, plan: Plan, visit: Visit) -> float | None:
         """The run's epsilon on this data set, over every round that was reserved for it."""
-        if plan.privacy is None:
+        if plan.record is None:
             return None
         charges = [entry.charge for entry in self.ledger.statement() if entry.study == visit.run]
-        return epsilon(charges, plan.privacy.delta)
+        return epsilon(charges, plan.record.delta)

@@ -15,6 +15,7 @@ from fedtailor.client.private_training import check_private, private_train
 from fedtailor.config import build
 from fedtailor.errors import RefusedError
 from fedtailor.privacy.csprng import Csprng
+from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Dataset, Recipe
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
@@ -35,7 +36,7 @@ class Work(NamedTuple):
 def prepared(plan_text: str) -> tuple[Plan, Recipe, Strategy]:
     """A plan and what it names, built once."""
     plan = Plan.parse(plan_text)
-    return plan, build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    return plan, build(plan.recipe, Recipe), strategy_of(plan)
 
 
 def perform(
@@ -72,7 +73,7 @@ def perform(
     summand: Tree = {}
     if visit.train:
         over = after(plan.local.within_s)
-        if plan.privacy is None:
+        if plan.record is None:
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
             batches = pack(data.train, mask, plan.local.rate) | {"seed": choices(plan, visit.round, site)}
             losses = recipes.losses(recipe)
@@ -80,10 +81,10 @@ def perform(
             count = torch.tensor(float(len(data.train.y)))
             summand, memory = train(cast, memory, batches, torch.ones(plan.local.steps), count)
         else:
-            if key is None or plan.privacy.noise_multiplier is None:
+            if key is None or plan.record.noise_multiplier is None:
                 raise RefusedError("a private study needs a key from the ledger", code="ledger")
             check_private(recipe, data.train)
-            noise = plan.privacy.noise_multiplier
+            noise = plan.record.noise_multiplier
             summand, memory = private_train(
                 recipe,
                 data.train,

@@ -164,9 +164,7 @@ def _statement(stated: PrivacyResult, result: Result) -> list[str]:
         f"- Accountant: {stated.accountant}. No amplification is claimed against the coordinator.",
         f"- Covered: {stated.covers}.",
         f"- **Not** covered: {stated.not_covered}.",
-        "- Who has records at several sites must add up the ε of those sites; so must whoever takes part in several "
-        "studies. Each site's own ledger holds its sum over all studies.",
-        "- A site whose reply did not count may have spent more than its last report says, never more than the plan.",
+        *_sums(stated),
         "",
         "| site | ε spent |",
         "|---|---:|",
@@ -176,10 +174,26 @@ def _statement(stated: PrivacyResult, result: Result) -> list[str]:
 
 def _unit(stated: PrivacyResult) -> list[str]:
     if stated.unit == "site":
-        return ["- Unit: one site: its whole contribution, or none."]
+        return [
+            "- Unit: one site: the guarantee compares the run with one in which this site's contribution is nothing; that it "
+            "takes part is public. **A record is not hidden beyond that, and nothing is hidden from the coordinator.**"
+        ]
     return [
         "- Unit: one record: the guarantee compares training with it and with a blank in its place; how many rows there "
         "are is public. A person with k records is protected by about k times this ε."
+    ]
+
+
+def _sums(stated: PrivacyResult) -> list[str]:
+    if stated.unit == "site":
+        return [
+            "- A site that takes part in several studies must add up their ε: no ledger does, because it is the "
+            "coordinator who adds the noise."
+        ]
+    return [
+        "- Who has records at several sites must add up the ε of those sites; so must whoever takes part in several "
+        "studies. Each site's own ledger holds its sum over all studies.",
+        "- A site whose reply did not count may have spent more than its last report says, never more than the plan.",
     ]
 
 

@@ -59,6 +59,13 @@ def sentences(shown: dict[str, Any]) -> list[str]:
         lines.append(f"It runs THIRD-PARTY CODE, {rule['asked']}: {approved}.")
     if privacy is None:
         lines.append("WITHOUT differential privacy: what leaves may reveal single records.")
+    elif privacy["unit"] == "site":
+        lines += [
+            f"Site-level differential privacy: epsilon at most {privacy['epsilon']:g} for the whole study at delta "
+            f"{privacy['delta']:g} (PLD), noise multiplier {privacy['noise_multiplier']:.4g}, clip {privacy['clip']:g}.",
+            "It hides this site's whole part from the other sites and from whoever gets the model. It hides NOTHING from the "
+            "coordinator, who adds the noise: what leaves may reveal single records to it.",
+        ]
     else:
         lines.append(
             f"Record-level differential privacy: epsilon at most {privacy['epsilon']:g} for the whole study at delta "
@@ -77,7 +84,7 @@ def sentences(shown: dict[str, Any]) -> list[str]:
     lines += [
         f"Each round these tensors leave, with {norm}, in at most {leaves['bytes']:,} bytes{packed}: {names}{more}.",
         f"If whoever trains were free to choose them, they could carry {leaves['bits']:,} bits a round; the noise of "
-        "differential privacy is what limits what they say of a record.",
+        "record-level differential privacy is what limits what they say of a record.",
         f"Metrics that may leave, {measured}, rounded to {METRIC_DIGITS} digits and not private: "
         f"{', '.join(leaves['metrics'])}; beside them row counts and seconds of work.",
         f"It may start until {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(shown['expires']))}.",

@@ -4,6 +4,7 @@ It follows from a plan without making the model. Both ends compare an answer wit
 """
 
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 
 import torch
@@ -13,6 +14,7 @@ from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.config import build
 from fedtailor.errors import WireError
+from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Metrics, Recipe
 from fedtailor.strategy import PIECE, Strategy, standing
 from fedtailor.study import Frozen, Plan
@@ -21,6 +23,9 @@ from fedtailor.tree import Tree, finite, map
 HUGE = 1e6  # of a weight that is cast
 GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
 SHARES = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "c_index")  # from 0 to 1
+BESIDE = (
+    1.2  # the length of what stands beside the values of a private summand: a one, and a half where the clip adapts
+)
 METRIC_DIGITS = 4  # of what a site measures; a metric then carries at most 14 bits
 METRICS = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "loss", "c_index", "mae", "rmse")
 Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a tensor -> dtype and shape
@@ -48,7 +53,7 @@ class Leaving(Frozen):
         """The tensors as they are compared."""
         return {one.name: (getattr(torch, one.dtype), one.shape) for one in self.tensors}
 
-    def check(self, flat: dict[str, torch.Tensor], *, train: bool) -> None:
+    def check(self, flat: Mapping[str, torch.Tensor], *, train: bool) -> None:
         """Compare an answer's tensors with the list; a visit that does not train brings none.
 
         Raises:
@@ -84,7 +89,7 @@ class Leaving(Frozen):
 def agreed(plan_text: str) -> Leaving:
     """What a plan makes leave, worked out without making the model: a hostile plan may name one of any size."""
     plan = Plan.parse(plan_text)
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan)
     with torch.device("meta"):
         spec = spec_of(summand(plan, strategy, recipes.shapes(recipe)))
     tensors = [
@@ -94,10 +99,18 @@ def agreed(plan_text: str) -> Leaving:
         tensors=tuple(tensors),
         metrics=METRICS,
         models=1 if strategy.personal is None else 2,
-        norm=plan.norm,
+        norm=_bound(plan, strategy),
         bytes=size_limit(spec),
         packed=strategy.packed,
     )
+
+
+def _bound(plan: Plan, strategy: Strategy) -> float | None:
+    """The greatest norm of one answer. A private strategy has one of its own, and a site that goes beyond it could
+    drown the others' summands in the rounding of the sum, on which their privacy rests."""
+    if strategy.sensitivity is None:
+        return plan.norm
+    return min(plan.norm or math.inf, math.hypot(strategy.sensitivity, BESIDE))
 
 
 def spec_of(expected: Tree) -> Spec:
@@ -111,7 +124,7 @@ def summand(plan: Plan, strategy: Strategy, params: Tree) -> Tree:
     return map(lambda x: x.new_zeros(()).expand(x.shape), report)  # shapes only: no memory
 
 
-def check(flat: dict[str, torch.Tensor], spec: Spec) -> None:
+def check(flat: Mapping[str, torch.Tensor], spec: Spec) -> None:
     """Compare a received tree with what was agreed: same keys, dtypes and shapes, every value finite.
 
     Raises:
@@ -147,7 +160,7 @@ def size_limit(spec: Spec) -> int:
     return tensors + 4096 + 512 * len(spec)
 
 
-def length(flat: dict[str, torch.Tensor]) -> float:
+def length(flat: Mapping[str, torch.Tensor]) -> float:
     """The L2 norm over all tensors together, in pieces: never a second copy of a tensor."""
     pieces = (piece for leaf in flat.values() for piece in torch.split(leaf.reshape(-1), PIECE))
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))

@@ -9,10 +9,11 @@ from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, PositiveInt, model_validator
 
-from fedtailor.errors import RefusedError
+from fedtailor.errors import ConfigError, RefusedError
 from fedtailor.plugins import Code
 from fedtailor.privacy.accounting import MIN_NOISE, Charge, affordable, epsilon
-from fedtailor.study import Digest, Frozen, Name, Plan
+from fedtailor.privacy.site_accounting import epsilon_after
+from fedtailor.study import Digest, Frozen, Name, Plan, SitePrivacy
 
 Key = Annotated[str, Field(pattern=r"^[0-9a-f]{64,512}$")]  # as `fedtailor client officer` prints it
 Clock = Annotated[str, Field(pattern=r"^([01]\d|2[0-3]):[0-5]\d$")]
@@ -97,12 +98,12 @@ class Case(NamedTuple):
 
 
 def charge_of(plan: Plan) -> Charge | None:
-    """What one round of a plan costs, or None where the plan has no differential privacy."""
-    if plan.privacy is None:
+    """What one round of a plan costs the data set, or None where no record is hidden, though perhaps the site is."""
+    if plan.record is None:
         return None
-    if plan.privacy.noise_multiplier is None:
+    if plan.record.noise_multiplier is None:
         raise RefusedError("the plan does not say how much noise to add (privacy.noise_multiplier)", code="plan")
-    return Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
+    return Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
 
 
 def metric_charge(policy: Policy) -> Charge | None:
@@ -144,7 +145,7 @@ def verdict(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
         asked = f"{plan.norm:g}" if plan.norm is not None else "no bound"
         ok = plan.norm is not None and plan.norm <= policy.greatest_norm
         rules.append(_rule("norm", "L2 norm of one answer", ok, asked, f"at most {policy.greatest_norm:g}"))
-    return rules + (_without(policy, plan, case) if plan.privacy is None else _privacy(policy, plan, case))
+    return rules + (_without(policy, plan, case) if plan.record is None else _privacy(policy, plan, case))
 
 
 def judge_plugins(approved: Mapping[str, str], codes: Sequence[Code]) -> list[Rule]:
@@ -168,10 +169,24 @@ def judge_plugins(approved: Mapping[str, str], codes: Sequence[Code]) -> list[Ru
 
 def _without(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
     allowed = "allowed" if policy.without_privacy else "not allowed"
-    rules = [_rule("privacy", "differential privacy", policy.without_privacy, "none", f"none is {allowed}")]
+    asked = "none" if plan.site is None else "of the whole site, by noise that the coordinator adds; none of a record"
+    rules = [_rule("privacy", "differential privacy", policy.without_privacy, asked, f"none is {allowed}")]
+    if plan.site is not None:
+        rules.append(_of_site(plan, plan.site))
     if metric_charge(policy) is not None:
         rules.append(_budget(policy, plan, case, policy.delta))
     return rules
+
+
+def _of_site(plan: Plan, stated: SitePrivacy) -> Rule:
+    """Whether a site-level promise is what its noise gives. No cap of this policy is on it: those are of records."""
+    try:
+        whole = epsilon_after(stated, plan.rounds)
+    except ConfigError as error:  # no epsilon can be worked out
+        raise RefusedError(str(error), code="plan") from error
+    return _most(
+        "epsilon", "the epsilon of one site by the coordinator's noise, against its promise", whole, stated.epsilon
+    )
 
 
 def _budget(policy: Policy, plan: Plan, case: Case, delta: float) -> Rule:
@@ -186,8 +201,8 @@ def _budget(policy: Policy, plan: Plan, case: Case, delta: float) -> Rule:
 
 
 def _privacy(policy: Policy, plan: Plan, case: Case) -> list[Rule]:
-    assert plan.privacy is not None
-    stated, noise = plan.privacy, plan.privacy.noise_multiplier
+    assert plan.record is not None
+    stated, noise = plan.record, plan.record.noise_multiplier
     if noise is not None and noise < MIN_NOISE:  # no epsilon can be worked out for so little: nothing else matters
         return [_least("noise", "noise multiplier", noise, max(policy.least_noise, MIN_NOISE))]
     charge = charge_of(plan)

@@ -172,6 +172,12 @@ def installed(proposal: Proposal) -> None:
         raise RefusedError("the proposal's list of what leaves is not what its strategy sends", code="leaves")
 
 
+CLIP = (
+    "privacy/site_level.py",
+    "privacy/adaptive.py",
+)  # what a site does to its summand where it is the site that is hidden
+
+
 @lru_cache(maxsize=16)
 def code_of(plan_text: str) -> tuple[tuple[str, str], ...]:
     """SHA-256 of the files that give a plan its meaning, by what they define."""
@@ -180,7 +186,7 @@ def code_of(plan_text: str) -> tuple[tuple[str, str], ...]:
     return (
         ("recipe", _hash("recipes", "recipe.py", "contract.py", "adapters.py", "seeds.py")),
         ("strategy", _hash("strategies", "strategy.py", "packing.py")),
-        ("training", _hash("training.py", "batches.py", "client/private_training.py", "client/work.py")),
+        ("training", _hash("training.py", "batches.py", "client/private_training.py", "client/work.py", *CLIP)),
         ("contract", hashlib.sha256(recipe.contract.encode()).hexdigest()),
         *((PLUGIN + plugin.name, plugin.sha256()) for plugin in plugins.of(plan)),
     )

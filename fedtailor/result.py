@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFl
 
 from fedtailor import store
 from fedtailor.recipe import Metrics
-from fedtailor.study import Frozen, RecordPrivacy
+from fedtailor.study import Frozen, Privacy, RecordPrivacy
 from fedtailor.tree import Params
 
 SCHEMA: Literal["fedtailor.result/1"] = "fedtailor.result/1"
@@ -22,6 +22,15 @@ COVERS = (
 )
 NOT_COVERED = (
     "metrics (of the held-out part, and of the model trained alone for comparison), numbers of rows, timing; "
+    "they are exact and not private"
+)
+COVERS_SITE = (
+    "all that one site sent as parameters, over all rounds of this run, against whoever sees the models that were cast or "
+    "released, the other sites among them"
+)
+NOT_COVERED_SITE = (
+    "anything against the coordinator, which sees each site's parameters as they are and is trusted to add the noise; "
+    "metrics (of the held-out part, and of the model trained alone for comparison), numbers of rows, timing, taking part; "
     "they are exact and not private"
 )
 
@@ -52,7 +61,7 @@ class SiteResult(Frozen):
 
     rows: NonNegativeInt  # training and held-out part together
     metrics: dict[Kind, Metrics]  # None: not estimable, which is not zero
-    epsilon: NonNegativeFloat | None  # spent by this run on this site's data; None: trained without privacy
+    epsilon: NonNegativeFloat | None  # what this run cost this site, by its unit; None: no privacy
     bytes_sent: NonNegativeInt  # of a simulation: of the payloads that a deployment would have, without their heads
     bytes_received: NonNegativeInt
 
@@ -134,14 +143,17 @@ def weighted(by_site: Mapping[str, Metrics], rows: Mapping[str, int]) -> Metrics
     return means
 
 
-def privacy_result(privacy: RecordPrivacy, epsilon_max: float) -> PrivacyResult:
-    """The statement of a record-level study."""
+def privacy_result(privacy: Privacy, epsilon_max: float) -> PrivacyResult:
+    """The statement of a study."""
+    record = isinstance(privacy, RecordPrivacy)
     return PrivacyResult(
         unit=privacy.unit,
         delta=privacy.delta,
         epsilon_max=epsilon_max,
         epsilon_budget=privacy.epsilon,
-        accountant="PLD (dp-accounting), Poisson sampling, zero-out neighbours",
+        accountant=f"PLD (dp-accounting), {'Poisson sampling' if record else 'no sampling'}, zero-out neighbours",
+        covers=COVERS if record else COVERS_SITE,
+        not_covered=NOT_COVERED if record else NOT_COVERED_SITE,
     )
 
 

@@ -7,11 +7,13 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Tag,
     model_validator,
 )
 
@@ -84,6 +86,66 @@ class RecordPrivacy(Frozen):
     noise_multiplier: PositiveFloat | None = None  # None: calibrated from epsilon, delta, rate, steps and rounds
 
 
+class AdaptiveClip(Frozen):
+    """A clip that follows a quantile of the sites' norms; both the clip and its path are public."""
+
+    quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the share of sites that are not to be clipped
+    lr: PositiveFloat = 0.2  # how far the logarithm of the clip moves where the share is off by one
+    count_noise: Annotated[float, Field(gt=0, le=1e6)] | None = (
+        None  # deviation of the noise on the number of unclipped sites; None: chosen
+    )
+
+
+class CorrelatedNoise(Frozen):
+    """Noise that later rounds take back in part, for sites that take part in turn."""
+
+    separation: PositiveInt  # a site is asked in every separation-th round
+    window: Annotated[int, Field(ge=1, le=64)] | None = None  # rounds whose noise is in one round's; None: the best
+
+    @model_validator(mode="after")
+    def _sites_take_turns(self) -> "CorrelatedNoise":
+        if self.separation < 2:
+            raise ValueError(
+                "separation: 1, every site in every round; correlated noise is no better then than independent noise: "
+                "leave correlated out, or let sites take turns"
+            )
+        return self
+
+
+class SitePrivacy(Frozen):
+    """Site-level privacy: the coordinator adds the noise. ``epsilon`` covers the whole study, by PLD accounting."""
+
+    unit: Literal["site"]
+    epsilon: PositiveFloat
+    delta: Annotated[float, Field(gt=0, lt=0.1)]
+    clip: Annotated[float, Field(gt=0, le=1e6)]  # of one site's summand, in L2 norm; where it is adaptive, the first
+    noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = (
+        None  # None: calibrated from epsilon, delta and rounds
+    )
+    adaptive: AdaptiveClip | None = None
+    correlated: CorrelatedNoise | None = None
+
+    @model_validator(mode="after")
+    def _noise_can_be_taken_back(self) -> "SitePrivacy":
+        if self.adaptive is not None and self.correlated is not None:
+            raise ValueError(
+                "adaptive, correlated: noise that is scaled anew each round cannot be taken back; choose one of the two"
+            )
+        return self
+
+
+def _unit(privacy: Any) -> str:
+    named = privacy.get("unit", "record") if isinstance(privacy, dict) else getattr(privacy, "unit", "record")
+    return f"unit={named}"
+
+
+# A tag is no name of a field, so that fedtailor.config.readable can leave it out of where an error is.
+Privacy = Annotated[
+    Annotated[RecordPrivacy, Tag("unit=record")] | Annotated[SitePrivacy, Tag("unit=site")],
+    Discriminator(_unit, custom_error_type="unit", custom_error_message="unit is neither record nor site"),
+]
+
+
 class Evaluation(Frozen):
     """What a site measures on its own held-out part."""
 
@@ -104,7 +166,7 @@ class Plan(Frozen):
     local: LocalTraining
     strategy: Spec
     recipe: Spec
-    privacy: RecordPrivacy | None
+    privacy: Privacy | None
     evaluation: Evaluation = Evaluation()
     norm: PositiveFloat | None = None  # the greatest L2 norm of one answer; None: not bounded
 
@@ -114,10 +176,40 @@ class Plan(Frozen):
             raise ValueError(f"sites: {list(self.sites)} names a site twice")
         if self.quorum > len(self.sites):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.sites)} sites listed")
+        if self.turns() > len(self.sites):
+            raise ValueError(f"privacy.correlated.separation: {self.turns()} is more than the {len(self.sites)} sites")
+        if (fewest := min(len(self.asked(turn)) for turn in range(self.turns()))) < self.quorum:
+            raise ValueError(
+                f"quorum: {self.quorum} is more than the {fewest} sites whose turn it is in some round "
+                f"(privacy.correlated.separation: {self.turns()})"
+            )
         if self.buffer is not None and not self.quorum <= self.buffer.answers <= len(self.sites):
             asked = f"buffer.answers: {self.buffer.answers} is not from the quorum, {self.quorum}, to all"
             raise ValueError(f"{asked} {len(self.sites)} sites")
+        if self.buffer is not None and self.site is not None:
+            raise ValueError(
+                "buffer, privacy.unit: site-level privacy counts one answer of a site in a round, made with that round's clip; "
+                "a round that takes late answers has no such bound: leave buffer out"
+            )
         return self
+
+    @property
+    def record(self) -> RecordPrivacy | None:
+        """The plan's privacy where it hides a record; its noise is added at the sites."""
+        return self.privacy if isinstance(self.privacy, RecordPrivacy) else None
+
+    @property
+    def site(self) -> SitePrivacy | None:
+        """The plan's privacy where it hides a site; its noise is added by the coordinator."""
+        return self.privacy if isinstance(self.privacy, SitePrivacy) else None
+
+    def turns(self) -> int:
+        """The rounds from one turn of a site to its next: 1 where every site takes part in every round."""
+        return self.site.correlated.separation if self.site is not None and self.site.correlated is not None else 1
+
+    def asked(self, round: int) -> tuple[Name, ...]:
+        """The sites whose turn it is to train in a round."""
+        return tuple(site for place, site in enumerate(self.sites) if (place - round) % self.turns() == 0)
 
     def canonical(self) -> str:
         """The plan as text: equal plans give equal bytes."""

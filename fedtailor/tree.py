@@ -112,7 +112,7 @@ def norm(tree: Tree) -> Tensor:
     return torch.stack([x.double().square().sum() for x in leaves(tree)]).sum().sqrt()
 
 
-def clip(tree: Tree, bound: float) -> Tree:
+def clip(tree: Tree, bound: float | Tensor) -> Tree:
     """Scale ``tree`` so that its joint L2 norm is at most ``bound``; a tree that is not finite becomes zero.
 
     A NaN norm would otherwise pass any comparison and let the whole tree through unclipped.

@@ -7,6 +7,7 @@ private data. A deployment is ``fedtailor server up`` and ``fedtailor client up`
 """
 
 import hashlib
+import os
 import shlex
 import time
 from collections.abc import Iterator
@@ -22,14 +23,14 @@ from fedtailor import leaving, store, tree, wire
 from fedtailor import recipe as recipes
 from fedtailor.config import Experiment, build, load
 from fedtailor.errors import ConnectionFailed
-from fedtailor.privacy.planning import resolve
+from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Result
 from fedtailor.server.folding import advance, close_round
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.rounds import Answer
-from fedtailor.strategy import Strategy, model_in
+from fedtailor.strategy import model_in
 from fedtailor.tree import Tree
 from fedtailor.wire import Report, Visit
 
@@ -48,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
 def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
     """Run the study over ``grid`` and write its run folder."""
     began, plan = time.monotonic(), resolve(experiment.plan)
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan, os.urandom(32))
     start = recipes.initial(recipe, plan.seed)
     state, like, progress = strategy.init(start), leaving.summand(plan, strategy, start), Progress()
     leaves = leaving.agreed(plan.canonical()).model_copy(update={"packed": False})  # daemons pack; here are none
@@ -69,10 +70,10 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
                 cast_sha256=hashlib.sha256(payload).hexdigest(),
             )
             messages = {}
-            for site, node in nodes.items():
+            for site in plan.asked(round) if train else plan.sites:
                 content = wire.record(visit, payload)
                 content["research"] = ConfigRecord({"site": site, "source": source})
-                messages[site] = Message(content, dst_node_id=node, message_type=MessageType.TRAIN)
+                messages[site] = Message(content, dst_node_id=nodes[site], message_type=MessageType.TRAIN)
             stream = _answers(grid, messages, plan.deadline_s, Path(spool))
             closed = close_round(strategy, visit, leaves, stream, lambda answer: None)
             closed = closed._replace(sent={site: len(payload) for site in messages})

@@ -20,6 +20,7 @@ from fedtailor import control, pki, proposal, store
 from fedtailor.config import build, readable
 from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.leaving import Leaving
+from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.seals import Public
 from fedtailor.server import renewal, roster, withdrawals
@@ -31,7 +32,6 @@ from fedtailor.server.studies import execute, propose
 from fedtailor.server.superlink import SuperLink
 from fedtailor.server.tour import Setting
 from fedtailor.server.vouching import Heads
-from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 
 log = logging.getLogger("fedtailor.server")
@@ -143,7 +143,7 @@ class Coordinator:
         if gone := sorted(withdrawals.withdrawn(self.home, plan.study) & set(plan.sites)):
             raise ConfigError(f"sites: {gone} have withdrawn from {plan.study!r}; leave them out of sites=[…]")
         build(plan.recipe, Recipe)
-        build(plan.strategy, Strategy)
+        strategy_of(plan)
         days = float(request.get("days", 30.0))
         try:
             leaves = Leaving.model_validate_json(request["leaves"]) if "leaves" in request else None

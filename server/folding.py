@@ -1,15 +1,16 @@
 """What a round comes to: each answer checked whole and folded as it arrives, then the next state."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from torch import Tensor
 
 from fedtailor import packing, tree
 from fedtailor.errors import ConfigError, WireError
 from fedtailor.leaving import Leaving, Spec
+from fedtailor.server.payload import Payload, fold, whole
 from fedtailor.server.rounds import Answer
 from fedtailor.strategy import Strategy
 from fedtailor.study import Buffer, Plan
@@ -45,6 +46,7 @@ def close_round(
         buffer: how much an answer to an earlier round counts.
     """
     closed = Closed(None, {}, {}, {}, {})
+    acc: Tree | None = None
     for answer in stream:
         code = answer.code
         if answer.report is not None and answer.path is not None:
@@ -55,8 +57,8 @@ def close_round(
                 if answer.visit is not None:
                     summand = discounted(summand, buffer, visit.round - asked.round)
                 if visit.train:
-                    closed = closed._replace(acc=strategy.reduce.add(closed.acc, tree.at(summand, None)))
-                del summand
+                    acc = fold(strategy.reduce, acc, summand)
+                del summand  # what was packed is whole in memory
                 closed.reports[answer.site] = answer.report
                 closed.received[answer.site] = answer.size
             except WireError as error:
@@ -65,10 +67,10 @@ def close_round(
         if code is not None:
             closed.dropped[answer.site] = code
         on_answer(answer._replace(code=code))
-    return closed
+    return closed._replace(acc=whole(strategy.reduce, acc))
 
 
-def discounted(summand: Tree, buffer: Buffer | None, late: int) -> Tree:
+def discounted(summand: Mapping[str, Tensor], buffer: Buffer | None, late: int) -> dict[str, Tensor]:
     """A summand that comes ``late`` rounds after its own, by its weight; its weight within it shrinks as much.
 
     Raises:
@@ -76,7 +78,7 @@ def discounted(summand: Tree, buffer: Buffer | None, late: int) -> Tree:
     """
     if buffer is None or late > buffer.oldest:
         raise WireError(f"an answer that comes {late} rounds late", code="stale")
-    return tree.map(lambda x: x * buffer.weight(late), summand)
+    return {path: x * buffer.weight(late) for path, x in summand.items()}
 
 
 def advance(plan: Plan, strategy: Strategy, load: Callable[[], Tree], closed: Closed, round: int, like: Tree) -> Tree:
@@ -91,8 +93,9 @@ def advance(plan: Plan, strategy: Strategy, load: Callable[[], Tree], closed: Cl
         missing = ", ".join(f"{site}: {code}" for site, code in sorted(closed.dropped.items()))
         came = f"{fresh} of {len(plan.sites)} sites replied, the quorum is {plan.quorum}"
         raise ConfigError(f"round {round}: {came} ({missing})", code="quorum")
-    # From the accumulator's float64 to the summand's own dtypes: half the memory while it is applied.
-    total = tree.lowered(strategy.reduce.done(closed.acc), like)
+    total = strategy.reduce.done(closed.acc)
+    if strategy.sensitivity is None:  # from float64 to the summand's own dtypes: half the memory while it is applied
+        total = tree.lowered(total, like)  # else noise is added first: what is rounded before it has no such bound
     after = strategy.apply(load(), total, round)
     if not all(tree.finite(leaf) for leaf in tree.leaves(after)):
         raise ConfigError(
@@ -103,8 +106,8 @@ def advance(plan: Plan, strategy: Strategy, load: Callable[[], Tree], closed: Cl
     return after
 
 
-def open_summand(answer: Answer, visit: Visit, leaves: Leaving) -> Tree:
-    """Check a received payload against what was agreed, and remove its file; tensors not packed stay mapped from it.
+def open_summand(answer: Answer, visit: Visit, leaves: Leaving) -> Mapping[str, Tensor]:
+    """Check a received payload against what was agreed; tensors that are not packed stay on disk.
 
     Raises:
         WireError: naming what is wrong.
@@ -116,20 +119,13 @@ def open_summand(answer: Answer, visit: Visit, leaves: Leaving) -> Tree:
     if answer.digest != report.summand_sha256:
         raise WireError("a payload that is not the one its report names", code="digest")
     try:
-        flat = _unpacked(path, leaves.spec() if visit.train else {}) if leaves.packed else _mapped(path)
+        summand = _unpacked(path, leaves.spec() if visit.train else {}) if leaves.packed else Payload(path)
     except (SafetensorError, OSError) as error:
         raise WireError("a payload that is not safetensors", code="format") from error
-    finally:
-        path.unlink(missing_ok=True)
-    leaves.check(flat, train=visit.train)
-    return tree.unflatten(flat)
+    leaves.check(summand, train=visit.train)
+    return summand
 
 
-def _unpacked(path: Path, spec: Spec) -> dict[str, torch.Tensor]:
+def _unpacked(path: Path, spec: Spec) -> Mapping[str, Tensor]:
     with path.open("rb") as file:
         return packing.unpack(file, spec)
-
-
-def _mapped(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Metrics
 from fedtailor.result import (
     Ending,
@@ -78,13 +79,13 @@ def result_of(
         name: SiteResult(
             rows=site["rows"],
             metrics={kind: by_site.get(name, {}) for kind, by_site in kinds.items()},
-            epsilon=site["epsilon"],
+            epsilon=site["epsilon"] if plan.site is None else epsilon_after(plan.site, progress.round),
             bytes_sent=site["bytes_sent"],
             bytes_received=site["bytes_received"],
         )
         for name, site in known.items()
     }
-    spent = [site["epsilon"] for site in known.values() if site["epsilon"] is not None]
+    spent = [site.epsilon for site in sites.values() if site.epsilon is not None]
     return Result(
         study=plan.study,
         strategy=plan.strategy.target.rpartition(".")[2],

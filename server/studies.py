@@ -13,15 +13,17 @@ from fedtailor import recipe as recipes
 from fedtailor.config import build
 from fedtailor.errors import FedtailorError, StoreError
 from fedtailor.events import Events
+from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Ending
 from fedtailor.server.folding import advance
 from fedtailor.server.listener import Bell
+from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting, Tour
-from fedtailor.strategy import Strategy, model_in
+from fedtailor.strategy import model_in
 
 log = logging.getLogger("fedtailor.server")
 RETRY_S = 5.0  # between attempts to write how a run failed
@@ -45,7 +47,7 @@ def propose(run: Run, setting: Setting) -> bool:
     events = Events(run.folder / "events.jsonl", [setting.watch])
     try:
         plan = run.plan()
-        tour = Tour(run, plan, build(plan.strategy, Strategy), setting, events, ear=Bell())
+        tour = Tour(run, plan, strategy_of(plan), setting, events, ear=Bell())
         try:
             agreed = tour.propose()
         finally:
@@ -86,7 +88,7 @@ def _readable(error: Exception) -> str:
 
 def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     began, plan = time.monotonic(), run.plan()
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan, noise_key(run, plan))
     start = recipes.initial(recipe, plan.seed)
     if (known := run.load(plan.digest())) is None:
         known = strategy.init(start), Progress()
@@ -98,6 +100,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     tour = Tour(run, plan, strategy, setting, events)
     setup_s, before = time.monotonic() - began, progress.wall_s
     try:
+        releasing(run, plan, progress.round)
         while progress.round < plan.rounds and not setting.stop.is_set() and not setting.halt.is_set():
             closed, seconds, last = tour.visit(progress, train=True)
             if setting.stop.is_set() or setting.halt.is_set():
@@ -107,6 +110,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
             wall_s = before + time.monotonic() - began
             progress = progress._replace(round=progress.round + 1, wall_s=wall_s, last=last)
             run.save(state, progress, plan.digest())
+            releasing(run, plan, progress.round)
             del closed, state
             run.write_status("running", progress.round)
             inside, root = sorted(last.witnesses), last.root()
@@ -130,5 +134,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     config_yaml = (run.folder / "config.yaml").read_text()
     write_run(run.folder, result=result, plan=plan, params=params, config_yaml=config_yaml)
     events.emit("finished", run=run.name, status=status, round=progress.round)
+    if status == "completed":
+        forget(run)
     run.write_status(status, progress.round)  # last: who watches takes it for the end of the events
     return progress

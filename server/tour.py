@@ -120,7 +120,7 @@ class Tour:
         sent: dict[str, int] = {}
         self.round, self.came = round, []
         stream = self._ask(
-            plan.sites,
+            plan.asked(round) if train else plan.sites,
             visit,
             lambda: made.pop() if made else self._cast(),
             plan.deadline_s,

@@ -2,9 +2,11 @@
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedtailor import recipe as recipes
 from fedtailor import seeds, tree
@@ -14,7 +16,8 @@ from fedtailor.config import build
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
-from fedtailor.privacy.planning import resolve
+from fedtailor.privacy.planning import resolve, strategy_of
+from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
@@ -57,14 +60,15 @@ def simulate(
     """
     began = time.monotonic()
     plan = resolve(plan)
+    strategy = strategy_of(plan)  # of all its sites: a deployment divides by them too, whoever agrees
     gate = None if policies is None else admit(plan, policies)
-    plan = plan if gate is None else gate.plan
-    recipe, strategy = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
+    whole, plan = plan, plan if gate is None else gate.plan
+    recipe = build(plan.recipe, Recipe)
     data = prepared(plan, recipe, sources)
     start = recipes.initial(recipe, plan.seed)
     losses = recipes.losses(recipe)
-    gradient = plain(losses) if plan.privacy is None else clipped(losses, plan.privacy.clip)
-    train = local_train(gradient, strategy, plan.local.lr, losses if plan.privacy is None else None)
+    gradient = plain(losses) if plan.record is None else clipped(losses, plan.record.clip)
+    train = local_train(gradient, strategy, plan.local.lr, losses if plan.record is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     like = strategy.start(strategy.broadcast(state), strategy.remember(start))
@@ -74,22 +78,35 @@ def simulate(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
     stale: list[dict[str, Any]] = []
-    keep, sent = counting(plan, strategy, start, None if gate is None else gate.keep)
+
+    def turn(round: int) -> Plan:
+        return plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
+
+    def admitted(summands: Tree, first: int, round: int) -> Tensor | None:
+        return None if gate is None else gate._replace(plan=turn(round)).keep(summands, first, round)
+
+    keep, sent = counting(plan, strategy, start, admitted, lambda round: turn(round).sites)
     setup_s, round_s = time.monotonic() - began, []
     for round in range(plan.rounds):
         began_round = time.monotonic()
+        now = turn(round)
+        at = torch.tensor([place for place, site in enumerate(plan.sites) if site in now.sites], dtype=torch.long)
         if round % plan.evaluation.every == 0:
-            history.append({"round": round, "sites": measured(recipe, strategy, state, data)})
-        batches = batches_of(plan, data, round, like)
-        given = (strategy, train, state, memory, batches, live, counts, round)
+            shown = {site: data[site] for site in now.sites}
+            history.append({"round": round, "sites": measured(recipe, strategy, state, shown)})
+        if len(now.sites) < plan.quorum:
+            raise RefusedError(f"round {round}: {len(now.sites)} sites take part whose turn it is", code="quorum")
+        batches = batches_of(now, data, round, like)
+        given = (strategy, train, state, tree.at(memory, at), batches, live[at], counts[at], round)
         if plan.buffer is None:
-            state, memory = simulate_round(*given, block=block, keep=keep)
+            state, kept = simulate_round(*given, block=block, keep=keep)
         else:
-            state, memory, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
+            state, kept, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
             stale += old
+        memory = tree.map(partial(_put, at), memory, kept)
         if (
             gate is not None
-            and len(plan.sites) - len({entry["site"] for entry in gate.dropped} & set(plan.sites)) < plan.quorum
+            and len(now.sites) - len({entry["site"] for entry in gate.dropped} & set(now.sites)) < plan.quorum
         ):
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
         round_s.append(time.monotonic() - began_round)
@@ -140,6 +157,10 @@ def simulate(
     return result, params
 
 
+def _put(at: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    return old.index_copy(0, at, new)
+
+
 def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Dataset], which: int) -> dict[str, Metrics]:
     """The metrics that leave their sites."""
     left = {site: gate.metrics(site, metrics, len(data[site].test.y), which) for site, metrics in measured.items()}
@@ -171,8 +192,8 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, like: Tree) 
         pack(data[site].train, masks[site], plan.local.rate, width) | {"seed": choices(plan, round, site)}
         for site in plan.sites
     ]
-    if plan.privacy is not None and plan.privacy.noise_multiplier is not None:
-        std = plan.privacy.noise_multiplier * plan.privacy.clip
+    if plan.record is not None and plan.record.noise_multiplier is not None:
+        std = plan.record.noise_multiplier * plan.record.clip
         for site, batch in zip(plan.sites, packed, strict=True):
             steps = [_noise(like, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
             batch["noise"] = tree.stack(steps)
@@ -203,7 +224,9 @@ def personal(
 
 
 def _epsilon(plan: Plan) -> float | None:
-    if plan.privacy is None or plan.privacy.noise_multiplier is None:
+    if plan.site is not None:
+        return epsilon_after(plan.site, plan.rounds)
+    if plan.record is None or plan.record.noise_multiplier is None:
         return None
-    charge = Charge(plan.privacy.noise_multiplier, plan.local.rate, plan.local.steps)
-    return epsilon([charge] * plan.rounds, plan.privacy.delta)
+    charge = Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
+    return epsilon([charge] * plan.rounds, plan.record.delta)

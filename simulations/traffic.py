@@ -12,11 +12,20 @@ from fedtailor.tree import Params, Tree
 Keep = Callable[[Tree, int, int], Tensor | None]  # as simulate_round takes it
 
 
-def counting(plan: Plan, strategy: Strategy, start: Params, keep: Keep | None) -> tuple[Keep, dict[str, int]]:
+def counting(
+    plan: Plan,
+    strategy: Strategy,
+    start: Params,
+    keep: Keep | None,
+    asked: Callable[[int], tuple[str, ...]] | None = None,
+) -> tuple[Keep, dict[str, int]]:
     """``keep`` (None: everything leaves), and the bytes that each site sends: they grow with every block it is shown.
 
     A packed answer's are counted by packing it; those of one that is not packed are the same in every round. In the end
     each site answers once more, without tensors.
+
+    Args:
+        asked: whose summands are in a round's blocks; None: every site's.
     """
     like = tree.flatten(leaving.summand(plan, strategy, start))
     dense = None if strategy.packed else _length(store.safetensors(like))
@@ -27,7 +36,7 @@ def counting(plan: Plan, strategy: Strategy, start: Params, keep: Keep | None) -
         rows = None if keep is None else keep(summands, first, round)
         for row in range(len(tree.leaves(summands)[0])) if rows is None else rows.tolist():
             size = _length(packing.pack(tree.flatten(tree.at(summands, row)))) if dense is None else dense
-            sent[plan.sites[first + row]] += size
+            sent[(asked(round) if asked else plan.sites)[first + row]] += size
         return rows
 
     return kept, sent

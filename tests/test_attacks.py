@@ -33,6 +33,7 @@ def updates():
     [
         ("none", lambda h, o: o),
         ("sign flip", lambda h, o: -h.mean(0)),
+        ("sign flip, 5", lambda h, o: -5 * o),
         ("inner product, 0.5", lambda h, o: -0.5 * h.mean(0)),
         ("inner product, 10", lambda h, o: -10 * h.mean(0)),
         ("a little", lambda h, o: h.mean(0) - 1.5 * h.std(0)),
@@ -46,6 +47,12 @@ def test_what_liars_send(attacks, updates, name, sent):
     expected = tree.map(lambda h, o: sent(h, o).expand_as(o), honest, own)
     torch.testing.assert_close(attacks.ATTACKS[name].send(honest, own), expected, equal_nan=True)
     assert attacks.ATTACKS[name].turned == (name in ("label flip", "model replacement"))
+
+
+def test_noise_drowns_what_is_sent_and_repeats(attacks, updates):
+    honest, own = updates
+    first, second = (torch.cat([x.reshape(-1) for x in tree.leaves(attacks.noise(honest, own))]) for _ in range(2))
+    assert torch.equal(first, second) and 120 < first.std() < 280 and first.mean().abs() < 120
 
 
 def test_min_max_goes_as_far_as_the_honest_are_apart(attacks, updates):

@@ -204,7 +204,7 @@ def _join(folder: Path, invitation: str, plan: Any, data: Path, home: Any, up: t
     def compared(it: Joining) -> None:  # what two people do by telephone
         roster.approve(home, it.invitation.site, it.fingerprint)
 
-    privacy = plan.privacy
+    privacy = plan.record
     up.wait()
     settings = Settings(data, [plan.study], privacy.epsilon if privacy else 1.0, privacy.delta if privacy else 1e-4)
     join(folder, invitation, settings, say=compared)

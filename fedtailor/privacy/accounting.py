@@ -75,6 +75,13 @@ def epsilon(charges: Sequence[Charge], delta: float) -> float:
     return _epsilon(tuple(sorted((z, rate, n) for (z, rate), n in steps.items())), delta)
 
 
+def gaussian(noise_multiplier: float, delta: float) -> float:
+    """The epsilon of one Gaussian mechanism without sampling; of n equal ones, at their multiplier over the root of n."""
+    _number("noise_multiplier", noise_multiplier, 1e-9, 1e9, "use more noise")
+    _number("delta", delta, 1e-15, 0.1, "use less than one over the number of records")
+    return _epsilon(((noise_multiplier, 1.0, 1),), delta)
+
+
 @lru_cache(maxsize=4096)
 def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not groups:

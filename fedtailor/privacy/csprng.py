@@ -105,29 +105,10 @@ class Csprng:
         return self.add_normal(torch.zeros(tuple(shape), dtype=dtype), std)
 
     def add_normal(self, x: Tensor, std: float) -> Tensor:
-        """``x`` plus Gaussian noise in float64, then snapped to multiples of ``grid(std)``, then cast to x's dtype.
-
-        Formal guarantee: the Gaussian mechanism, up to float64 rounding below the grid. Snapping comes after adding,
-        so it is post-processing, and it erases the low-order bits by which the sum could be told from the noise:
-        Mironov 2012, https://doi.org/10.1145/2382196.2382264; Jin et al. 2021, https://arxiv.org/abs/2112.05307.
-        One word in 2^20 draws a second word, so that the tail is fine-grained and reaches 13 deviations.
-        """
+        """``x`` plus Gaussian noise of deviation ``std``: :func:`add_normals` of this source alone."""
         if not (math.isfinite(std) and std >= 0):
             raise ValueError(f"std: {std} is not a finite deviation of at least 0")
-        out = x.detach().clone().contiguous()
-        if std == 0:
-            return out
-        flat, step = out.view(-1), grid(std)
-        for start in range(0, flat.numel(), _CHUNK):
-            part = flat[start : start + _CHUNK]
-            noisy = self._standard(part.numel())
-            noisy *= std
-            noisy += part.double().numpy()
-            noisy /= step
-            np.rint(noisy, out=noisy)
-            noisy *= step
-            part.copy_(torch.from_numpy(noisy))
-        return out
+        return add_normals(x, [(self, std)])
 
     def _standard(self, count: int) -> NDArray[np.float64]:
         words = self._words("normal", count)
@@ -141,3 +122,33 @@ class Csprng:
         z: NDArray[np.float64] = ndtri(u, out=u)
         np.negative(z, out=z, where=words > _LOW63)
         return z
+
+
+def add_normals(x: Tensor, terms: Sequence[tuple[Csprng, float]]) -> Tensor:
+    """``x`` plus the sum of each source's Gaussian noise times its factor, in float64, snapped to ``grid``, in x's dtype.
+
+    The deviation of the sum is the root of the factors' squares; a factor may be negative.
+
+    Formal guarantee: the Gaussian mechanism, up to float64 rounding below the grid. Snapping comes after adding,
+    so it is post-processing, and it erases the low-order bits by which the sum could be told from the noise:
+    Mironov 2012, https://doi.org/10.1145/2382196.2382264; Jin et al. 2021, https://arxiv.org/abs/2112.05307.
+    One word in 2^20 draws a second word, so that the tail is fine-grained and reaches 13 deviations.
+    """
+    std = math.hypot(*(factor for _, factor in terms))
+    assert math.isfinite(std), "a factor of noise is finite"
+    out = x.detach().clone().contiguous()
+    if std == 0:
+        return out
+    flat, step = out.view(-1), grid(std)
+    for start in range(0, flat.numel(), _CHUNK):
+        part = flat[start : start + _CHUNK]
+        noisy = part.double().numpy()
+        for source, factor in terms:
+            noise = source._standard(part.numel())
+            noise *= factor
+            noisy = np.add(noise, noisy, out=noise)
+        noisy /= step
+        np.rint(noisy, out=noisy)
+        noisy *= step
+        part.copy_(torch.from_numpy(noisy))
+    return out

@@ -1,27 +1,73 @@
-"""From a privacy target to a plan that says how much noise every site adds."""
+"""From a privacy target to a plan that says how much noise is added, and to the strategy that adds it."""
 
 from fedtailor.config import build
 from fedtailor.errors import ConfigError
 from fedtailor.privacy.accounting import calibrate
+from fedtailor.privacy.site_accounting import calibrated, mixture_of
+from fedtailor.privacy.site_level import private
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.training import NO_LOSS
+
+NO_DIVISOR = (
+    "strategy: it weights each site by the loss of its training rows, so that what it divides by is no public number and "
+    "site-level privacy (privacy.unit=site) has nothing fixed to divide by; choose another strategy, or privacy=none"
+)
 
 
 def resolve(plan: Plan) -> Plan:
     """Fill in ``privacy.noise_multiplier`` so that all rounds together meet epsilon and delta; never less noise.
 
-    A plan that has one already, or has no privacy, is returned as it is: every site judges it by itself.
+    What else a site-level plan leaves open is filled in too. A plan that has all, or has no privacy, is returned as it
+    is: every site judges it by itself.
 
     Raises:
         ConfigError: if the plan's privacy does not cover what its strategy needs.
     """
-    if plan.privacy is not None and build(plan.strategy, Strategy).needs_loss:
+    if plan.site is not None:
+        resolved = plan.model_copy(update={"privacy": calibrated(plan.site, plan.rounds, cohort(plan))})
+        strategy_of(resolved)
+        return resolved
+    if plan.record is not None and build(plan.strategy, Strategy).needs_loss:
         raise ConfigError(NO_LOSS)
     if plan.buffer is not None and not build(plan.strategy, Strategy).reduce.is_sum:
         raise ConfigError("buffer: a late answer counts less, which only a strategy that sums its summands can do")
-    if plan.privacy is None or plan.privacy.noise_multiplier is not None:
+    if plan.record is None or plan.record.noise_multiplier is not None:
         return plan
     steps = plan.rounds * plan.local.steps
-    noise = calibrate(plan.privacy.epsilon, plan.privacy.delta, plan.local.rate, steps)
-    return plan.model_copy(update={"privacy": plan.privacy.model_copy(update={"noise_multiplier": noise})})
+    noise = calibrate(plan.record.epsilon, plan.record.delta, plan.local.rate, steps)
+    return plan.model_copy(update={"privacy": plan.record.model_copy(update={"noise_multiplier": noise})})
+
+
+def cohort(plan: Plan) -> int:
+    """What site-level privacy divides by: the most sites of a round, whoever of them replies."""
+    return len(plan.asked(0))
+
+
+def strategy_of(plan: Plan, key: bytes | None = None) -> Strategy:
+    """The strategy that a plan names; made private where its unit is a site. Server, site and simulator build it here.
+
+    Args:
+        key: 32 secret bytes for the coordinator's noise. Without it the noise is seeded by the plan: for the sites,
+            which only clip, and for simulations.
+
+    Raises:
+        ConfigError: if the strategy cannot be made private, or the plan does not say how much noise to add.
+    """
+    strategy, privacy = build(plan.strategy, Strategy), plan.site
+    if privacy is None:
+        return strategy
+    if strategy.needs_loss:
+        raise ConfigError(NO_DIVISOR)
+    if privacy.noise_multiplier is None:
+        raise ConfigError("privacy.noise_multiplier: null; the plan does not say how much noise to add")
+    return private(
+        strategy,
+        clip=privacy.clip,
+        noise_multiplier=privacy.noise_multiplier,
+        cohort=cohort(plan),
+        adaptive=privacy.adaptive,
+        mixture=mixture_of(privacy.correlated),
+        seed=plan.seed,
+        key=key,
+    )

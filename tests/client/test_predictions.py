@@ -17,6 +17,7 @@ from fedtailor.client.visits import Visits
 from fedtailor.config import load
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
+from fedtailor.privacy.planning import resolve
 from fedtailor.simulations import policies
 from fedtailor.study import Plan
 from fedtailor.wire import Report
@@ -104,6 +105,26 @@ def real(tmp_path, policy: Policy, plan: Plan) -> tuple[str | None, float | None
         assert all(entry.settled_digest for entry in metrics)
         assert len(metrics) == (trainer.of + 1 if policy.metric_noise and spent else 0)
         ledger.close()
+
+
+@pytest.mark.parametrize("name,code", [("generous", None), ("private", "privacy"), ("noised", "privacy")])
+def test_a_promise_that_the_coordinator_makes_is_no_record_level_privacy(tmp_path, name, code):
+    """A policy that asks for record-level privacy refuses it; one that asks for none charges nothing for it."""
+    site = {"unit": "site", "epsilon": 3.0, "delta": 1e-5, "clip": 0.5}
+    plan = resolve(Plan.model_validate(BASE.model_dump(by_alias=True) | {"privacy": site}))
+    assert real(tmp_path, POLICIES[name], plan) == (code, None)
+    rules = policies.judge(plan, {"a": POLICIES[name]})["a"]
+    assert next((rule.code for rule in rules if not rule.ok), None) == code
+    ledger = Ledger(tmp_path / "site" / "state" / "ledger.db")
+    assert ledger.statement() == []
+    ledger.close()
+
+
+def test_a_site_is_not_asked_out_of_turn(tmp_path):
+    site = {"unit": "site", "epsilon": 3.0, "delta": 1e-5, "clip": 0.5, "correlated": {"separation": 3}}
+    plan = resolve(Plan.model_validate(BASE.model_dump(by_alias=True) | {"privacy": site, "quorum": 1}))
+    assert [plan.asked(round) for round in range(4)] == [("a",), ("b",), ("c",), ("a",)]
+    assert real(tmp_path, POLICIES["generous"], plan) == ("rounds", None)
 
 
 @pytest.mark.parametrize("name", POLICIES)

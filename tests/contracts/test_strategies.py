@@ -6,6 +6,7 @@ from typing import get_type_hints
 
 import pytest
 import torch
+from forms import private_forms
 from pydantic import TypeAdapter, ValidationError
 from safetensors import torch as files
 from torch import Tensor
@@ -24,11 +25,7 @@ from fedtailor.tree import Tree
 SPECS = {name: load([f"strategy={name}"]).plan.strategy for name in choices("strategy")}
 FACTORIES = {name: locate(spec.target) for name, spec in SPECS.items()}
 SHIPPED = {name: build(spec, Strategy) for name, spec in SPECS.items()}
-PRIVATE = {
-    f"private {name}": private(strategy, clip=1.0, noise_multiplier=0.5, cohort=7)
-    for name, strategy in SHIPPED.items()
-    if strategy.reduce.is_sum
-}
+PRIVATE = private_forms(SHIPPED)
 ALL = SHIPPED | PRIVATE
 K, S, B, D = 7, 5, 4, 3
 
@@ -188,9 +185,10 @@ def test_one_client_moves_a_private_sum_by_at_most_the_clip(name: str) -> None:
     cast = strategy.broadcast(state)
     far = tree.map(lambda p: p + 1e6, strategy.start(cast, memories[0]))
     summand, _ = strategy.report(ended(cast, memories[0], far))
-    weight = summand.pop("weight")
+    weight, within = summand.pop("weight"), summand.pop("within", torch.tensor(-0.5))
     assert weight == 1  # a client counts once, whatever it holds
-    assert tree.norm(summand) <= 1 + 1e-6
+    assert within == -0.5  # it was clipped, and says so in a bit that is centred
+    assert 1 - 1e-5 < tree.norm(summand) <= 1
 
 
 SEE_ALL = [name for name, strategy in SHIPPED.items() if strategy.reduce is STACK]

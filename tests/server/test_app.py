@@ -15,7 +15,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from safetensors.torch import load_file
 
 from fedtailor.client.app import app as client
-from fedtailor.config import build, load
+from fedtailor.config import Experiment, build, load
 from fedtailor.errors import ConfigError
 from fedtailor.server.app import run
 from fedtailor.simulations.run import simulate
@@ -77,6 +77,31 @@ def test_flowers_runtime_gives_the_simulators_parameters(tmp_path, strategy):
     assert norm({name: deployed[name] - params[name] for name in params}) < 1e-5
     assert result.metrics["federated"] == pytest.approx(simulated.metrics["federated"], rel=1e-4)
     assert result.transport is None and result.engine == "flwr run" and result.privacy is None
+
+
+SITE = {"unit": "site", "epsilon": 8.0, "delta": 1e-5, "clip": 0.05}
+UNITS = {
+    "fixed": SITE | {"noise_multiplier": 1e-6},
+    "adaptive": SITE | {"noise_multiplier": 1e-6, "adaptive": {"lr": 1.0, "count_noise": 1e-6}},
+    "in turns": SITE | {"noise_multiplier": 1e-6, "correlated": {"separation": 2, "window": 2}},
+}
+
+
+@pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_flowers_runtime_gives_the_simulators_parameters_where_a_site_is_private(tmp_path, unit, strategy):
+    """With next to no noise, which is secret here and seeded there; clips, divisors and turns are the same."""
+    plan, simulation = load(["study=heart", "privacy=none", "rounds=3", "quorum=2", f"strategy={strategy}"])
+    plan = plan.model_validate(plan.model_dump(by_alias=True) | {"privacy": UNITS[unit]})
+    result = run(LocalGrid(4), Experiment(plan, simulation), tmp_path)
+    simulated, params = simulate(plan, build(simulation.data, dict))
+    deployed = load_file(tmp_path / "model.safetensors")
+    assert norm({name: deployed[name] - params[name] for name in params}) < 1e-5
+    assert norm(params) > 0.01
+    assert result.metrics["federated"] == pytest.approx(simulated.metrics["federated"], rel=1e-4)
+    assert result.privacy == simulated.privacy and result.privacy.unit == "site"
+    assert {len(h["sites"]) for h in result.history[:-1]} == ({2} if unit == "in turns" else {4})
+    assert [set(h["sites"]) for h in result.history] == [set(h["sites"]) for h in simulated.history]
 
 
 def test_a_private_study_states_its_cost(tmp_path):

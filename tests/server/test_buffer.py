@@ -74,9 +74,9 @@ def test_a_site_that_is_revoked_leaves_nothing_standing(world):
 
 
 def test_a_late_answer_shrinks_whole_and_one_that_is_too_old_does_not_count():
-    summand, buffer = {"delta": {"w": torch.tensor([4.0])}, "weight": torch.tensor(8.0)}, Buffer(answers=1, oldest=3)
+    summand, buffer = {"delta/w": torch.tensor([4.0]), "weight": torch.tensor(8.0)}, Buffer(answers=1, oldest=3)
     half = discounted(summand, buffer, 3)
-    assert half["delta"]["w"].item() == 2.0 and half["weight"].item() == 4.0
+    assert half["delta/w"].item() == 2.0 and half["weight"].item() == 4.0
     for late, rule in ((4, buffer), (1, None)):
         with pytest.raises(WireError) as error:
             discounted(summand, rule, late)

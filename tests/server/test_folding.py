@@ -12,6 +12,7 @@ from fedtailor.config import load
 from fedtailor.errors import ConfigError
 from fedtailor.leaving import Leaving, Tensor
 from fedtailor.server.folding import advance, close_round
+from fedtailor.server.payload import Payload
 from fedtailor.server.rounds import Answer
 from fedtailor.wire import Report, Visit
 
@@ -116,13 +117,31 @@ def test_the_memory_of_a_sum_does_not_grow_with_the_answers(tmp_path):
 
     def add(acc, block):
         out = strategy.reduce.add(acc, block)
-        seen.append([(x.data_ptr(), tuple(x.shape)) for x in tree.leaves(out)])
+        assert len(tree.leaves(block)) == 1  # a reply's other tensors need not be in memory
+        seen.append([(name, x.data_ptr(), tuple(x.shape)) for name, x in tree.flatten(out).items()])
         return out
 
     watched = strategy._replace(reduce=strategy.reduce._replace(add=add))
     closed = folded(tmp_path, *[(f"s{i}", SUMMAND, {}) for i in range(9)], strategy=watched)
-    assert len(seen) == 9 and all(each == seen[0] for each in seen)  # one accumulator, changed in place
+    assert len(seen) == 9 * len(SUMMAND)
+    assert all(each == seen[i % len(SUMMAND)] for i, each in enumerate(seen))  # one accumulator, changed in place
     assert float(closed.acc["weight"]) == 90.0
+
+
+def test_what_is_not_a_sum_sees_every_answer_whole(tmp_path):
+    closed = folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {}), ("c", SUMMAND, {}), strategy=strategies.median())
+    assert {k: x.tolist() for k, x in tree.flatten(closed.acc).items()} == {
+        "delta/w": [[1.0, 2.0], [2.0, 4.0], [1.0, 2.0]],
+        "weight": [10.0, 20.0, 10.0],
+    }
+
+
+def test_a_tensor_of_a_payload_is_mapped_anew_each_time(tmp_path):
+    (tmp_path / "one").write_bytes(save(SUMMAND))
+    payload = Payload(tmp_path / "one")
+    assert set(payload) == set(SUMMAND) and len(payload) == 2
+    first, again = payload["delta/w"], payload["delta/w"]
+    assert torch.equal(first, SUMMAND["delta/w"]) and first.data_ptr() != again.data_ptr()
 
 
 PLAN = load(["study=heart", "sites=[a,b]", "quorum=2"]).plan
@@ -151,3 +170,19 @@ def test_weights_that_cancel_do_not_reach_the_checkpoint(tmp_path):
     with pytest.raises(ConfigError, match="no longer finite") as caught:
         advanced(folded(tmp_path, ("a", SUMMAND, {}), ("b", hostile, {})))
     assert caught.value.code == "diverged"
+
+
+def test_what_is_private_is_noised_before_it_is_rounded(tmp_path):
+    """A sum in float32 hides a small summand under a large one: a site could so undo another's bound."""
+    seen = []
+
+    def apply(state, total, round):
+        seen.append({path: leaf.dtype for path, leaf in tree.flatten(total).items()})
+        return state
+
+    plan = load(["study=heart", "sites=[a,b]", "quorum=1", "privacy=none"]).plan
+    for bound, dtype in ((None, torch.float32), (1.0, torch.float64)):
+        strategy = strategies.fedavg()._replace(apply=apply, sensitivity=bound)
+        closed = folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {}), strategy=strategy)
+        advance(plan, strategy, lambda: {"params": {"w": torch.zeros(2)}}, closed, VISIT.round, tree.unflatten(SUMMAND))
+        assert set(seen[-1].values()) == {dtype}

@@ -1,0 +1,107 @@
+"""The benchmarks measure what they say: sizes and metrics by hand, the coordinator's own path, training that learns."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedtailor.strategies import fedavg
+from fedtailor.training import plain
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+def one(values):
+    """A linear model of one feature with slope 1, and rows with ``values``."""
+    return {"weight": torch.ones(1, 1), "bias": torch.zeros(1)}, torch.tensor(values)[:, None]
+
+
+def test_the_c_index_counts_known_pairs_and_half_of_a_tie():
+    from benchmarks.flamby_data import c_index
+
+    params, x = one([3.0, 1.0, 1.0, 2.0])
+    y = torch.tensor([[1.0, 1.0], [1.0, 2.0], [0.0, 2.0], [1.0, 3.0]])  # event, time
+    # 0 before 1, 2 and 3: right; 1 before 3: wrong; 1 before 2, who is censored when 1 dies: a tie.
+    assert c_index(params, x, y) == pytest.approx(100 * 3.5 / 5)
+
+
+def test_coxs_loss_is_over_who_is_at_risk_and_live():
+    from benchmarks.flamby_data import cox
+
+    params, x = one([0.0, math.log(2), math.log(3), 50.0])
+    y = torch.tensor([[1.0, 3.0], [1.0, 1.0], [0.0, 2.0], [1.0, 9.0]])
+    live = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    assert cox(params, x, y, live).tolist() == pytest.approx([0.0, math.log(3), 0.0, 0.0], abs=1e-6)
+    slope = torch.func.grad(lambda p: cox(p, x, y, live).sum())(params)["weight"]
+    among = (2 * math.log(2) + 3 * math.log(3)) / 6  # the mean feature at risk, by exp(score)
+    assert float(slope) == pytest.approx(among - math.log(2), abs=1e-5)
+
+
+def test_flambys_sites_have_flambys_sizes():
+    from benchmarks import flamby_data as data
+
+    for folder in (data.HEART, data.BRCA):
+        if not folder.exists():
+            pytest.skip(f"{folder}: it is not there (FEDTAILOR_DATA)")
+    heart, brca = data.heart(), data.brca()
+    assert [(len(s.x), len(s.test_x)) for s in heart.each] == [(199, 104), (172, 89), (30, 16), (85, 45)]
+    # FLamby's own results of a model that says "ill" of everybody, site by site
+    assert [round(float(s.test_y.mean()), 4) for s in heart.each] == [0.4615, 0.3708, 0.9375, 0.7778]
+    assert heart.pooled.x.shape == (486, 13) and all(s.x.mean(0).abs().max() < 1e-5 for s in heart.each)
+    sizes = [(248, 63), (156, 40), (164, 42), (129, 33), (129, 33), (40, 11)]
+    assert [(len(s.x), len(s.test_x)) for s in brca.each] == sizes and brca.pooled.x.shape == (866, 39)
+
+
+def test_a_pass_has_every_row_once():
+    from benchmarks.data import passes
+
+    index, live = passes(torch.arange(100, 111), 4, 7, torch.Generator().manual_seed(0))
+    assert index.shape == live.shape == (7, 4) and live.sum(1).tolist() == [4, 4, 3, 4, 4, 3, 4]
+    first, second = (index[part][live[part] > 0].tolist() for part in (slice(0, 3), slice(3, 6)))
+    assert first != second and sorted(first) == sorted(second) == list(range(100, 111))
+
+
+def test_federated_and_lone_training_learn_a_line():
+    from benchmarks.flamby import TASKS, Arm, adam, federated
+    from benchmarks.flamby_data import Site, Sites
+
+    x = torch.randn(60, 13, generator=torch.Generator().manual_seed(1))
+    y = (x[:, :1] > 0).float()
+    each = [Site(x[part], y[part], x, y) for part in (slice(0, 20), slice(20, 60))]
+    task, pooled = TASKS["heart"], Site(x, y, x, y)
+    model = federated(task, Sites(each, pooled), Arm(fedavg()), 0.3, 2, seed=0)
+    assert (
+        task.score(model, x, y) > 90 > task.score(federated(task, Sites(each, pooled), Arm(fedavg()), 0.3, 0, 0), x, y)
+    )
+    assert task.score(adam(task._replace(adam=(0.1, 20)), pooled, False, 0, "pooled"), x, y) > 90
+
+
+def test_the_network_trains_by_the_gradient_that_simulations_use():
+    from benchmarks import lenet
+
+    rng = torch.Generator().manual_seed(0)
+    batch = {"x": torch.randn(4, 784, generator=rng), "y": torch.tensor([1, 2, 3, 4])}
+    batch |= {"live": torch.tensor([1.0, 1.0, 1.0, 0.0]), "scale": torch.tensor(1 / 3)}
+    params = lenet.start(0)
+    torch.testing.assert_close(lenet.gradient(params, batch), plain(lenet.losses)(params, batch))
+    assert torch.equal(params["1.weight"], lenet.start(0)["1.weight"])
+    assert not torch.equal(params["1.weight"], lenet.start(1)["1.weight"])
+
+
+def test_folding_is_measured_on_the_coordinators_own_path(tmp_path, monkeypatch):
+    from benchmarks import folding
+
+    monkeypatch.setattr(folding, "give_memory_back", lambda: None)  # it is for a process of its own
+    (tmp_path / "transit").mkdir()
+    root = folding.write_reply(tmp_path / "transit", 200_000)
+    assert len(list((tmp_path / "transit").iterdir())) > 3  # a payload that is not inline
+    assert folding.fold(tmp_path / "transit", root, 200_000, 3) >= 0  # says itself that all three were folded
+    (tmp_path / "transit" / root).write_bytes(b"")
+    with pytest.raises(AssertionError, match="format"):
+        folding.fold(tmp_path / "transit", root, 200_000, 3)
