@@ -1,5 +1,6 @@
 """``fedtailor simulate``: the same study, without a network."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,37 +16,37 @@ Out = Annotated[Path | None, typer.Option(help="The run's folder; default: outpu
 
 def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -> None:
     """Simulate a study and write its run folder. Its noise is seeded, for studying accuracy: nothing to release."""
-    import yaml
+    from fedtailor.config import load
+    from fedtailor.report import console_table
+    from fedtailor.simulations.composed import run
 
-    from fedtailor.config import build, load
-    from fedtailor.privacy.planning import resolve
-    from fedtailor.report import console_table, write_run
-    from fedtailor.simulations import policies
-    from fedtailor.simulations.run import simulate as run_study
+    experiment = load(overrides or [])
+    with progress() as shown:
+        done = run(experiment, followed(shown, experiment.plan.study, experiment.plan.rounds))
+    folder = out or Path("outputs") / "simulate" / done.plan.study
+    done.write(folder)
+    if not show(done.result.model_dump(mode="json", by_alias=True), json):
+        Console().print(console_table(done.result))
+        Console().print(f"run folder: {folder}")
 
-    plan, simulation = load(overrides or [])
-    plan = resolve(plan)
-    sources: dict[str, Any] = build(simulation.data, dict)
-    rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
+
+def progress() -> Progress:
+    """A bar on stderr that is gone when its work is done."""
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task(f"simulating {plan.study}", total=plan.rounds)
+    return Progress(*columns, console=Console(stderr=True), transient=True)
 
-        def on_event(event: dict[str, Any]) -> None:
-            if event.get("kind") == "round":
-                progress.update(task, completed=event["round"])
 
-        result, params = run_study(
-            plan, sources, block=simulation.block, policies=rules, step_s=simulation.step_s, on_event=on_event
-        )
-    folder = out or Path("outputs") / "simulate" / plan.study
-    config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-    write_run(folder, result=result, plan=plan, params=params, config_yaml=config)
-    if not show(result.model_dump(mode="json", by_alias=True), json):
-        Console().print(console_table(result))
-        Console().print(f"run folder: {folder}")
+def followed(shown: Progress, name: str, rounds: int) -> Callable[[dict[str, Any]], None]:
+    """Show the rounds of one simulation as they end."""
+    task = shown.add_task(f"simulating {name}", total=rounds)
+
+    def on_event(event: dict[str, Any]) -> None:
+        if event.get("kind") == "round":
+            shown.update(task, completed=event["round"])
+
+    return on_event
