@@ -11,11 +11,18 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from fedtailor.cli.options import Json, show
 
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: study=heart privacy=none rounds=50 …")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; default: outputs/simulate/<study>.")]
+Out = Annotated[
+    Path | None, typer.Option(help="The run's folder; default: outputs/simulate/<study>, or outputs/sweep.")
+]
+Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of values with commas.")]
 
 
-def simulate(overrides: Overrides = None, out: Out = None, json: Json = False) -> None:
+def simulate(overrides: Overrides = None, out: Out = None, multirun: Multirun = False, json: Json = False) -> None:
     """Simulate a study and write its run folder. Its noise is seeded, for studying accuracy: nothing to release."""
+    if multirun:
+        from fedtailor.cli.sweep import sweep
+
+        return sweep(overrides or [], out or Path("outputs") / "sweep", json)
     from fedtailor.config import load
     from fedtailor.report import console_table
     from fedtailor.simulations.composed import run
