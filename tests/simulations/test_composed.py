@@ -35,7 +35,9 @@ def test_a_notebook_gets_what_the_command_writes(tmp_path):
 
 def test_it_writes_nothing_by_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert fedtailor.simulate(**QUICK).result.rounds == 2
+    done = fedtailor.simulate(**QUICK | {"privacy": {"epsilon": 2.0}})
+    assert done.result.rounds == 2 and 1.9 < done.result.privacy.epsilon_max <= 2.0
+    assert done.plan.privacy.noise_multiplier > 0.4  # the plan as it was run
     assert not list(tmp_path.iterdir())
 
 
