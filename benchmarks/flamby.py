@@ -28,7 +28,7 @@ from benchmarks import flamby_data as data
 from benchmarks.data import passes
 from benchmarks.flamby_data import Site, Sites
 from fedtailor import Strategy, seeds, strategies, tree
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import model_in
 from fedtailor.training import Losses, local_train
 from fedtailor.tree import Params, Tree
@@ -140,7 +140,7 @@ def federated(task: Task, sites: Sites, arm: Arm, rate: float, rounds: int, seed
     with torch.no_grad():
         for round in range(rounds):
             batches = tree.map(lambda x, round=round: x[:, round], every)
-            state, memory = simulate_round(strategy, train, state, memory, batches, live, counts, round)
+            state, memory = simulate_round(strategy, vmapped(train), state, memory, batches, live, counts, round)
     return model_in(strategy.broadcast(state))
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.attacks import ATTACKS, attacked
 from benchmarks.data import MNIST, World, dirichlet, mnist, two_classes
 from fedtailor import Strategy, seeds, strategies, tree
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import model_in
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Params, Tree
@@ -96,7 +96,7 @@ def accuracy(world: World, strategy: Strategy, rounds: int, seed: int, turned: i
             "seed": numbers[:, None].expand(-1, STEPS),
         }
         with torch.no_grad():
-            state, memory = simulate_round(strategy, train, state, memory, batches, live, counts, round)
+            state, memory = simulate_round(strategy, vmapped(train), state, memory, batches, live, counts, round)
     params = model_in(strategy.broadcast(state))
     with torch.no_grad():
         found = torch.func.functional_call(module, params, (world.test_x,)).argmax(1)

@@ -5,6 +5,7 @@ summand; the wire *reduces* the summands; the server *applies* the total. A vari
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -97,6 +98,22 @@ class Strategy(NamedTuple):
     trains: Callable[[str], bool] = trained  # a parameter's name -> whether local training moves it
     sensitivity: float | None = None  # where one client's summand is bounded for privacy: the bound, in L2 norm
     packed: bool = False  # whether its summands are sparse or of few values, so that packing them is worth the work
+
+
+@dataclass(frozen=True)
+class WeightedChange:
+    """A report of a client's change times a number: ``{"delta": number * (params - cast["params"]), **beside}``.
+
+    The sum of many such summands needs no client's own parameters, which a simulator makes use of.
+    """
+
+    weigh: Callable[[Local], tuple[Tensor, Tree]]  # -> the number, what is beside it; does not look at ``params``
+
+    def __call__(self, local: Local) -> tuple[Tree, Tree]:
+        """Report; the memory stays as it is."""
+        number, beside = self.weigh(local)
+        delta = tree.map(lambda end, start: (end - start) * number, local.params, local.cast["params"])
+        return {"delta": delta} | beside, local.memory
 
 
 def standing(strategy: Strategy, params: Tree, lr: float = 1.0) -> Tree:

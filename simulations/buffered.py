@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.errors import ConfigError
+from fedtailor.simulations.engine import Many
 from fedtailor.strategy import Strategy
 from fedtailor.study import Buffer, Plan
-from fedtailor.training import Train
 from fedtailor.tree import Tree
 
 Keep = Callable[[Tree, int, int], Tensor | None]
@@ -51,7 +51,7 @@ def steps_within(plan: Plan, step_s: Tensor) -> Tensor:
 def buffered_round(
     plan: Plan,
     strategy: Strategy,
-    train: Train,
+    many: Many,
     state: Tree,
     memory: Tree,
     batches: Tree,
@@ -80,7 +80,6 @@ def buffered_round(
     coming = list(clock.coming)
     if len(asked):
         part = tree.at(memory, asked), tree.at(batches, asked), live[asked], num_examples[asked]
-        many = torch.func.vmap(train, in_dims=(None, 0, 0, 0, 0))
         summands, kept = many(strategy.broadcast(state), *part)
         memory = tree.map(lambda old, new: old.index_copy(0, asked, new), memory, kept)
         for row, k in enumerate(asked.tolist()):

@@ -54,6 +54,12 @@ def run(experiment: Experiment, on_event: OnEvent = lambda event: None) -> Simul
     sources: dict[str, Any] = build(simulation.data, dict)
     rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
     result, params = run_study(
-        plan, sources, block=simulation.block, policies=rules, step_s=simulation.step_s, on_event=on_event
+        plan,
+        sources,
+        block=simulation.block,
+        path=simulation.path,
+        policies=rules,
+        step_s=simulation.step_s,
+        on_event=on_event,
     )
     return Simulated(result, params, plan)

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from fedtailor import recipe as recipes
-from fedtailor import seeds, tree
+from fedtailor import tree
 from fedtailor.baseline import train_alone
-from fedtailor.batches import choices, draw, pack
-from fedtailor.config import build
-from fedtailor.errors import ConfigError, ContractError, RefusedError
+from fedtailor.config import BlockPath, build
+from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import resolve, strategy_of
@@ -21,13 +20,15 @@ from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.buffered import Clock, buffered_round, steps_within
+from fedtailor.simulations.cohort import batches_of, feed_of, prepared, with_rows
+from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.simulations.traffic import counting, received
 from fedtailor.sources import DataSource
 from fedtailor.strategy import Strategy, model_in
 from fedtailor.study import Plan
-from fedtailor.training import clipped, local_train, plain
 from fedtailor.tree import Params, Tree
 
 OnEvent = Callable[[dict[str, Any]], None]
@@ -38,6 +39,7 @@ def simulate(
     sources: Mapping[str, DataSource],
     *,
     block: int = 64,
+    path: BlockPath = "auto",
     policies: Mapping[str, Policy] | None = None,
     step_s: Mapping[str, float] | None = None,
     on_event: OnEvent = lambda event: None,
@@ -47,15 +49,19 @@ def simulate(
     Without privacy the parameters equal the deployment's to floating-point tolerance. With privacy the accounting is
     the deployment's, but noise and samples come from seeded generators: for studying accuracy, not for release.
 
+    A site without a row to train on takes no part.
+
     Args:
+        block: clients trained at once, at most; fewer where memory or a processor's cache asks for it.
+        path: how a block is trained; an event of kind ``path`` says which way was taken, and why.
         policies: each site's rules; None: nobody asks them. With rules, what they refuse does not take part, and what
             leaves passes the same list as in a deployment.
         step_s: virtual seconds of a local step, by site, 1 where nothing is said: for plans whose rounds do not wait for
             everybody, or give a site only so much time.
 
     Raises:
-        RefusedError: if the rules leave fewer sites than the quorum.
-        ConfigError: if a site of the plan has no source.
+        RefusedError: if the rules or the data leave fewer sites than the quorum.
+        ConfigError: if a site of the plan has no source, or the model cannot be trained as ``path`` says.
         ContractError: if its data do not satisfy the contract.
     """
     began = time.monotonic()
@@ -65,10 +71,9 @@ def simulate(
     whole, plan = plan, plan if gate is None else gate.plan
     recipe = build(plan.recipe, Recipe)
     data = prepared(plan, recipe, sources)
+    plan, empty = with_rows(plan, data)
+    gate = None if gate is None else gate._replace(plan=plan)
     start = recipes.initial(recipe, plan.seed)
-    losses = recipes.losses(recipe)
-    gradient = plain(losses) if plan.record is None else clipped(losses, plan.record.clip)
-    train = local_train(gradient, strategy, plan.local.lr, losses if plan.record is None else None)
     state = strategy.init(start)
     memory = tree.stack([strategy.remember(start) for _ in plan.sites])
     like = strategy.start(strategy.broadcast(state), strategy.remember(start))
@@ -78,6 +83,17 @@ def simulate(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     history: list[dict[str, Any]] = []
     stale: list[dict[str, Any]] = []
+    feed, clip = feed_of(plan, data, like), None if plan.record is None else plan.record.clip
+    large = len(plan.sites) * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
+    together = gate is None and plan.buffer is None and large
+    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together)
+    way = choose(path, task, Round(strategy.broadcast(state), memory, batches_of(plan, data, 0), live, counts))
+    on_event({"kind": "path", "path": way.path, "block": way.block, "why": way.why, "seconds": way.seconds})
+
+    def smaller(block: int) -> None:
+        nonlocal way
+        way = way._replace(block=block)
+        on_event({"kind": "path", "path": way.path, "block": block, "why": "out of memory", "seconds": {}})
 
     def turn(round: int) -> Plan:
         return plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in whole.asked(round))})
@@ -96,10 +112,10 @@ def simulate(
             history.append({"round": round, "sites": measured(recipe, strategy, state, shown)})
         if len(now.sites) < plan.quorum:
             raise RefusedError(f"round {round}: {len(now.sites)} sites take part whose turn it is", code="quorum")
-        batches = batches_of(now, data, round, like)
-        given = (strategy, train, state, tree.at(memory, at), batches, live[at], counts[at], round)
+        batches = batches_of(now, data, round)
+        given = (strategy, way.many, state, tree.at(memory, at), batches, live[at], counts[at], round)
         if plan.buffer is None:
-            state, kept = simulate_round(*given, block=block, keep=keep)
+            state, kept = simulate_round(*given, way.block, keep, smaller)
         else:
             state, kept, clock, old = buffered_round(plan, *given, clock, taken * speeds, keep)
             stale += old
@@ -151,7 +167,7 @@ def simulate(
         seed=plan.seed,
         model=model_file(params),
         versions=versions(),
-        dropped=stale + ([] if gate is None else gate.dropped),
+        dropped=empty + stale + ([] if gate is None else gate.dropped),
         history=[h | {"metrics": weighted(h["sites"], rows)} for h in history],
     )
     return result, params
@@ -165,45 +181,6 @@ def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Datase
     """The metrics that leave their sites."""
     left = {site: gate.metrics(site, metrics, len(data[site].test.y), which) for site, metrics in measured.items()}
     return {site: metrics for site, metrics in left.items() if metrics is not None}
-
-
-def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> dict[str, Dataset]:
-    """Every site's data, prepared; an error names the site."""
-    found = {}
-    for site in plan.sites:
-        if site not in sources:
-            raise ConfigError(f"sites: there is no data for {site!r}; there is for {', '.join(sorted(sources))}")
-        try:
-            found[site] = recipe.prepare(sources[site].table())
-        except ContractError as error:
-            raise ContractError(f"{site}: {error}") from error
-    return found
-
-
-def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int, like: Tree) -> Tree:
-    """One round's batches of every site, stacked: leaves ``[K, S, ...]``, padded to the largest.
-
-    Args:
-        like: what is trained, for the shapes of its noise.
-    """
-    masks = {site: draw(plan.local, len(data[site].train.y), plan.seed, round, site) for site in plan.sites}
-    width = max(1, max(int(mask.sum(1).max()) for mask in masks.values()))
-    packed = [
-        pack(data[site].train, masks[site], plan.local.rate, width) | {"seed": choices(plan, round, site)}
-        for site in plan.sites
-    ]
-    if plan.record is not None and plan.record.noise_multiplier is not None:
-        std = plan.record.noise_multiplier * plan.record.clip
-        for site, batch in zip(plan.sites, packed, strict=True):
-            steps = [_noise(like, std, plan.seed, round, site, step) for step in range(plan.local.steps)]
-            batch["noise"] = tree.stack(steps)
-    return tree.stack(packed)
-
-
-def _noise(like: Tree, std: float, seed: int, round: int, site: str, step: int) -> Tree:
-    """Seeded noise, for simulations only."""
-    rng = seeds.generator(seed, "noise", round, site, step)
-    return tree.map(lambda p: std * torch.randn(p.shape, generator=rng, dtype=p.dtype), like)
 
 
 def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:

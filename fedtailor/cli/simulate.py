@@ -55,5 +55,7 @@ def followed(shown: Progress, name: str, rounds: int) -> Callable[[dict[str, Any
     def on_event(event: dict[str, Any]) -> None:
         if event.get("kind") == "round":
             shown.update(task, completed=event["round"])
+        if event.get("kind") == "path" and event["why"]:
+            shown.console.print(f"clients are trained by {event['path']}, {event['block']} at once: {event['why']}")
 
     return on_event

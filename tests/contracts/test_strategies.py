@@ -16,7 +16,7 @@ from fedtailor.config import build, choices, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
 from fedtailor.privacy.planning import resolve
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import Local, model_in
 from fedtailor.study import Spec
 from fedtailor.training import local_train, plain
@@ -100,7 +100,7 @@ def test_folding_replies_one_by_one_is_the_simulation(name: str, block: int) -> 
             replies[k], memories[k] = world.reply(strategy, cast, memories[k], k)
         deployed = strategy.apply(deployed, fold(strategy, replies.values()), round)
         simulated, stacked = simulate_round(
-            strategy, train, simulated, stacked, world.batches, world.live, world.counts, round, block=block
+            strategy, vmapped(train), simulated, stacked, world.batches, world.live, world.counts, round, block=block
         )
     assert_close(deployed, simulated)
     assert_close(tree.stack(memories), stacked)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedtailor import strategies, tree
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.training import clipped, local_train, plain
 
 K, S, B, D = 9, 3, 4, 5
@@ -33,7 +33,9 @@ def rounds(world, strategy, gradient, block, rounds=2):
     train = local_train(gradient, strategy, lr=0.1)
     state, memory = strategy.init(params), tree.stack([strategy.remember(params)] * K)
     for round in range(rounds):
-        state, memory = simulate_round(strategy, train, state, memory, batches, live, counts, round, block=block)
+        state, memory = simulate_round(
+            strategy, vmapped(train), state, memory, batches, live, counts, round, block=block
+        )
     return state, memory
 
 
@@ -77,7 +79,7 @@ def test_a_client_without_steps_says_nothing_new(world):
     found, _ = rounds((params, batches, live, counts), strategies.fedavg(), plain(losses), block=4, rounds=1)
     rest = (params, tree.at(batches, slice(1, None)), live[1:], counts[1:])
     train = local_train(plain(losses), strategies.fedavg(), lr=0.1)
-    other, _ = simulate_round(strategies.fedavg(), train, {"params": params}, {}, *rest[1:], 0)
+    other, _ = simulate_round(strategies.fedavg(), vmapped(train), {"params": params}, {}, *rest[1:], 0)
     moved, without = found["params"]["w"] - params["w"], other["params"]["w"] - params["w"]
     torch.testing.assert_close(moved * counts.sum(), without * counts[1:].sum())
 
@@ -87,4 +89,43 @@ def test_a_round_without_clients_is_refused(world):
     none = (params, tree.at(batches, slice(0, 0)), live[:0], counts[:0])
     strategy = strategies.fedavg()
     with pytest.raises(ValueError, match="at least one"):
-        simulate_round(strategy, local_train(plain(losses), strategy, 0.1), {"params": params}, {}, *none[1:], 0)
+        simulate_round(
+            strategy, vmapped(local_train(plain(losses), strategy, 0.1)), {"params": params}, {}, *none[1:], 0
+        )
+
+
+FULL = ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+        "DefaultCPUAllocator: not enough memory: you tried to allocate 9"]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", [*map(RuntimeError, FULL), MemoryError()], ids=[*FULL, "MemoryError"])
+def test_a_block_that_does_not_fit_is_halved_and_so_are_the_next(world, error):
+    params, batches, live, counts = world
+    strategy = strategies.scaffold(population=K)
+    inner, sizes, told = vmapped(local_train(plain(losses), strategy, lr=0.1)), [], []
+
+    def many(cast, memory, batches, live, counts):
+        sizes.append(len(live))
+        if len(live) > 2:
+            raise error
+        return inner(cast, memory, batches, live, counts)
+
+    state, memory = strategy.init(params), tree.stack([strategy.remember(params)] * K)
+    found = simulate_round(strategy, many, state, memory, batches, live, counts, 0, 1000, smaller=told.append)
+    assert sizes == [9, 4, 2, 2, 2, 2, 1] and told == [4, 2]
+    for x, y in zip(
+        map(tree.flatten, found), map(tree.flatten, rounds(world, strategy, plain(losses), 3, 1)), strict=True
+    ):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize(
+    "error,block", [(ValueError("no"), 4), (RuntimeError("shape mismatch"), 4), (MemoryError(), 1)]
+)
+def test_any_other_error_is_told_and_one_client_must_fit(world, error, block):
+    def many(*given):
+        raise error
+
+    params, batches, live, counts = world
+    with pytest.raises(type(error)):
+        simulate_round(strategies.fedavg(), many, {"params": params}, {}, batches, live, counts, 0, block)

@@ -7,7 +7,7 @@ import torch
 from flwr.serverapp.strategy import QFedAvg
 
 from fedtailor import tree
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategies import fedavg, qfedavg, term
 from fedtailor.training import local_train, plain
 
@@ -83,7 +83,9 @@ def test_the_worst_served_client_gains(strategy):
         train = local_train(plain(losses), strategy, 0.1, losses)
         state = strategy.init({"w": torch.tensor(0.0)})
         for round in range(300):
-            state, _ = simulate_round(strategy, train, state, {}, batches, torch.ones(4, 1), torch.ones(4), round)
+            state, _ = simulate_round(
+                strategy, vmapped(train), state, {}, batches, torch.ones(4, 1), torch.ones(4), round
+            )
         return state["params"]["w"].item()
 
     assert run(fedavg()) == pytest.approx(0.75, abs=0.01)

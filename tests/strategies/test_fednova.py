@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedtailor import tree
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategies import fedavg, fednova
 from fedtailor.strategy import Local
 from fedtailor.training import local_train
@@ -39,5 +39,5 @@ def test_the_one_that_steps_more_does_not_win(strategy, optimum):
     live = (torch.arange(10) < torch.tensor([[1], [10]])).float()
     batches = {"target": torch.tensor([[0.0] * 10, [1.0] * 10])}
     for round in range(700):
-        state, _ = simulate_round(strategy, train, state, {}, batches, live, torch.ones(2), round)
+        state, _ = simulate_round(strategy, vmapped(train), state, {}, batches, live, torch.ones(2), round)
     assert state["params"]["w"].item() == pytest.approx(optimum, abs=0.02)

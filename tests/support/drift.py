@@ -3,7 +3,7 @@
 import torch
 
 from fedtailor import tree
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import Strategy
 from fedtailor.training import local_train
 
@@ -20,5 +20,5 @@ def error_after(strategy: Strategy, steps: int, rounds: int = 200) -> float:
     memory = tree.stack([strategy.remember({"w": torch.tensor(0.0)})] * 2)
     batches, live = {"slope": slope, "target": target}, torch.ones(2, steps)
     for round in range(rounds):
-        state, memory = simulate_round(strategy, train, state, memory, batches, live, torch.ones(2), round)
+        state, memory = simulate_round(strategy, vmapped(train), state, memory, batches, live, torch.ones(2), round)
     return abs(state["params"]["w"].item() - 1.8)

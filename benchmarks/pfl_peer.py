@@ -1,0 +1,78 @@
+"""One side of benchmarks/simulation.py: federated averaging by pfl-research, run by an interpreter that has it.
+
+    python pfl_peer.py MODEL ROUNDS        prints the processor seconds of each round after the second, as JSON
+
+The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1.
+"""
+
+import asyncio
+import json
+import sys
+import time
+import types
+import warnings
+
+warnings.filterwarnings("ignore")
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from torch.nn.functional import cross_entropy  # noqa: E402
+
+CLIENTS, POINTS, BATCH, RATE = 50, 50, 10, 0.1
+
+
+def main(name: str, rounds: int) -> None:
+    """Run and print."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)
+    asyncio.set_event_loop(asyncio.new_event_loop())  # pfl asks for one
+    from pfl.aggregate.simulate import SimulatedBackend
+    from pfl.aggregate.weighting import WeightByUser
+    from pfl.algorithm import FederatedAveraging, NNAlgorithmParams
+    from pfl.callback.base import TrainingProcessCallback
+    from pfl.data import FederatedDataset
+    from pfl.data.sampling import get_user_sampler
+    from pfl.hyperparam import NNEvalHyperParams, NNTrainHyperParams
+    from pfl.internal.ops.pytorch_ops import to_tensor
+    from pfl.metrics import Metrics
+    from pfl.model.pytorch import PyTorchModel
+    from simulation_models import MODELS
+
+    rng = np.random.default_rng(0)
+    count = CLIENTS * POINTS
+    x = to_tensor(rng.standard_normal((count, 3, 32, 32), dtype=np.float32))
+    y = to_tensor(rng.integers(0, 2, count)).long()
+    users = {u: (x[u * POINTS : (u + 1) * POINTS], y[u * POINTS : (u + 1) * POINTS]) for u in range(CLIENTS)}
+    data = FederatedDataset.from_slices(users, get_user_sampler("random", range(CLIENTS)))
+    net = MODELS[name]()
+    net.loss = types.MethodType(lambda self, inputs, targets, eval=False: cross_entropy(self(inputs), targets), net)
+    net.metrics = types.MethodType(lambda self, inputs, targets, eval=True: {}, net)
+    marks = []
+
+    class Clock(TrainingProcessCallback):
+        def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
+            marks.append(time.process_time())
+            return False, Metrics()
+
+    FederatedAveraging().run(
+        algorithm_params=NNAlgorithmParams(
+            central_num_iterations=rounds + 2,
+            evaluation_frequency=10**9,
+            train_cohort_size=CLIENTS,
+            val_cohort_size=0,
+        ),
+        backend=SimulatedBackend(training_data=data, val_data=data, postprocessors=[WeightByUser()]),
+        model=PyTorchModel(
+            model=net, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(net.parameters(), 1.0)
+        ),
+        model_train_params=NNTrainHyperParams(local_learning_rate=RATE, local_num_epochs=1, local_batch_size=BATCH),
+        model_eval_params=NNEvalHyperParams(local_batch_size=BATCH),
+        callbacks=[Clock()],
+        send_metrics_to_platform=False,
+    )
+    print(json.dumps([after - before for before, after in zip(marks[1:], marks[2:], strict=False)]))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))

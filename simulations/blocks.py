@@ -1,0 +1,125 @@
+"""A block of clients trained as one batched computation: what ``local_train`` does under ``vmap``, without ``vmap``."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from fedtailor import tree
+from fedtailor.errors import ConfigError
+from fedtailor.recipe import Recipe
+from fedtailor.simulations import gradients
+from fedtailor.simulations.descent import Descent
+from fedtailor.simulations.engine import Many
+from fedtailor.simulations.feed import NOTHING, Feed, Rooms
+from fedtailor.simulations.folded import folded
+from fedtailor.simulations.layers import beside
+from fedtailor.strategy import Local, Strategy, WeightedChange
+from fedtailor.training import NO_LOSS
+from fedtailor.tree import Params, Tree
+
+
+def block_train(
+    recipe: Recipe,
+    strategy: Strategy,
+    lr: float,
+    clip: float | None = None,
+    *,
+    feed: Feed = NOTHING,
+    together: bool = False,
+) -> Many:
+    """Build what ``vmapped(local_train(...))`` is, for a recipe whose model's layers all have a batched form.
+
+    Args:
+        clip: the bound of each example's gradient, with ``batches["noise"]``, if there is any; None: plain gradients.
+        feed: where batches that name rows and seeds get examples and noise from.
+        together: where the strategy adds up weighted changes, give the block's sum as one summand ``[1, ...]``: for who
+            asks for no client's own. It is less work, much less where linear layers are large.
+
+    Raises:
+        NotBatchable: if a layer has no batched form; also by the result, if the model changes an activation in place.
+        ConfigError: if the strategy needs a loss, which private training has none of.
+    """
+    if strategy.needs_loss and clip is not None:
+        raise ConfigError(NO_LOSS)
+    model, defaults = folded(recipe), Strategy._field_defaults
+    starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
+    weighted = strategy.report if together and strategy.reduce.is_sum else None
+    weighted = weighted if isinstance(weighted, WeightedChange) else None
+    rooms: Rooms = {}
+
+    def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
+        clients, steps = live.shape
+        known: Tree = {"memory": memory, "num_examples": num_examples, "num_steps": live.sum(1)}
+        if "seed" in batches:
+            known["seed"] = batches["seed"][:, 0]
+        model.tape.seed, model.tape.draws = known.get("seed"), 0
+        shared: Params = tree.at(cast["params"], None)
+        if strategy.needs_loss:
+            fed = feed.steps(batches, rooms, noisy=False)
+            losses = torch.stack([gradients.mean_losses(recipe, model, shared, batch) for batch in fed], 1)
+            known["loss"] = (losses * live).sum(1) / live.sum(1)
+        noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
+        begin = _over_clients(lambda known: strategy.start(cast, known["memory"]), clients)
+        start = begin(known) if starts else shared
+        thin = weighted is not None and not corrects and not noisy  # noise has no low rank
+        kept = None if weighted is None else rooms
+        sets = {name: Descent(params, steps, not starts, thin, kept) for name, params in _sets(start).items()}
+        correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
+        for batch, rate in zip(feed.steps(batches, rooms, noisy), (lr * live).unbind(1), strict=True):
+            at = recipe, model, [each.params for each in sets.values()], batch
+            parts = gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
+            if corrects:
+                whole = {n: gradients.whole(sets[n].params, p, clients) for n, p in zip(sets, parts, strict=True)}
+                grads = _one(whole)
+                if batch.noise:
+                    grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, batch.noise)
+                grads = correct(grads, _one({name: each.explicit(clients) for name, each in sets.items()}), memory)
+                for name, gradient in _sets(grads).items():
+                    sets[name].move(gradient, rate)
+            else:
+                for own, (name, each) in zip(parts, sets.items(), strict=True):
+                    each.step(own, rate)
+                    each.move(_sets(batch.noise).get(name, {}), rate * batch.scale)
+        if weighted is not None:
+            number, others = _weigh(weighted, cast, known, clients, lr)
+            delta = sets[""].total(number, cast["params"])
+            return {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others), memory
+        ended = known | {"params": _one({name: each.explicit(clients) for name, each in sets.items()})}
+        found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
+        return found["summand"], found["memory"]
+
+    return many
+
+
+def _sets(params: Tree) -> dict[str, Tree]:
+    """The sets of parameters that are trained at once, by name: one, without a name, or several."""
+    return params if any(isinstance(each, dict) for each in params.values()) else {"": params}
+
+
+def _one(sets: dict[str, Tree]) -> Tree:
+    """The inverse of :func:`_sets`."""
+    return sets.get("", sets)
+
+
+def _reported(strategy: Strategy, local: Local) -> Tree:
+    summand, memory = strategy.report(local)
+    return {"summand": summand, "memory": memory}
+
+
+def _weigh(weighted: WeightedChange, cast: Tree, known: Tree, clients: int, lr: float) -> tuple[Tensor, Tree]:
+    """Each client's number ``[K]``, and what is beside it."""
+
+    def weigh(known: Tree) -> Tree:
+        number, others = weighted.weigh(Local(cast=cast, params={}, lr=lr, **known))
+        return {"number": number, "others": others}
+
+    found = _over_clients(weigh, clients)(known)
+    return found["number"], found["others"]
+
+
+def _over_clients(fn: Callable[..., Tree], clients: int) -> Callable[..., Tree]:
+    """``fn`` of each client, from and to leaves ``[K, ...]``; for one client without the cost of ``vmap``."""
+    if clients > 1:
+        return torch.func.vmap(fn)
+    return lambda *trees: tree.at(fn(*(tree.at(each, 0) for each in trees)), None)

@@ -1,0 +1,77 @@
+"""The sites of a simulated study: their data, and what each is fed in a round."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fedtailor import seeds
+from fedtailor.batches import choices, draw, numbered
+from fedtailor.errors import ConfigError, ContractError, RefusedError
+from fedtailor.recipe import Dataset, Part, Recipe
+from fedtailor.simulations.feed import Feed, seeded
+from fedtailor.sources import DataSource
+from fedtailor.study import Plan
+from fedtailor.tree import Tree
+
+
+def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> dict[str, Dataset]:
+    """Every site's data, prepared; an error names the site."""
+    found = {}
+    for site in plan.sites:
+        if site not in sources:
+            raise ConfigError(f"sites: there is no data for {site!r}; there is for {', '.join(sorted(sources))}")
+        try:
+            found[site] = recipe.prepare(sources[site].table())
+        except ContractError as error:
+            raise ContractError(f"{site}: {error}") from error
+    return found
+
+
+def with_rows(plan: Plan, data: dict[str, Dataset]) -> tuple[Plan, list[dict[str, Any]]]:
+    """The plan and the data of those sites that have a row to train on, and an entry for each of the others.
+
+    Raises:
+        RefusedError: code ``quorum``, if too few have any.
+    """
+    sites = tuple(site for site in plan.sites if len(data[site].train.y))
+    without = [site for site in plan.sites if site not in sites]
+    if len(sites) < plan.quorum:
+        raise RefusedError(
+            f"{len(sites)} of {len(plan.sites)} sites have rows, the quorum is {plan.quorum}", code="quorum"
+        )
+    for site in without:
+        del data[site]
+    return plan.model_copy(update={"sites": sites}), [{"round": 0, "site": site, "code": "empty"} for site in without]
+
+
+def feed_of(plan: Plan, data: Mapping[str, Dataset], like: Tree) -> Feed:
+    """All sites' training rows one after another, and noise of the shapes of ``like``: of what a site trains."""
+    parts = [one.train for one in data.values()]
+    table = Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+    if plan.record is None or plan.record.noise_multiplier is None:
+        return Feed(table)
+    return Feed(table, seeded(like, plan.record.noise_multiplier * plan.record.clip))
+
+
+def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
+    """One round's batches of the plan's sites, ``[K, S, ...]``, padded to the largest: rows of :func:`feed_of`'s table.
+
+    Args:
+        data: of these sites and any others, as :func:`feed_of` was given it.
+    """
+    sizes = {site: len(one.train.y) for site, one in data.items()}
+    first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
+    rows, live = numbered([draw(plan.local, sizes[site], plan.seed, round, site) for site in plan.sites])
+    scale = torch.tensor([1.0 / (plan.local.rate * sizes[site]) for site in plan.sites])
+    batches = {
+        "rows": rows + torch.tensor([first[site] for site in plan.sites])[:, None, None],
+        "live": live,
+        "scale": scale[:, None].expand(-1, plan.local.steps),
+        "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
+    }
+    if plan.record is not None and plan.record.noise_multiplier is not None:
+        numbers = [seeds.number(plan.seed, "noise", round, site) for site in plan.sites]
+        batches["noise_seed"] = torch.tensor(numbers)
+    return batches

@@ -1,0 +1,117 @@
+"""Steps of plain local SGD for a block of clients, each linear layer's in the way that moves the fewest numbers."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedtailor.simulations.feed import Rooms, room
+from fedtailor.simulations.gradients import Part, Uses
+from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
+
+SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
+
+
+@dataclass
+class Seen:
+    """What a linear layer was given, and the scaled gradients of what it made, from a block's first step on."""
+
+    start: Tensor  # [P, D]
+    inputs: Tensor  # [K, N, D], filled from the front
+    deltas: Tensor  # [K, N, P]
+    filled: int = 0
+
+    def add(self, uses: Uses, rate: Tensor) -> Thin:
+        """The weights after one more step."""
+        for given, delta in uses:
+            rows = given.reshape(len(rate), -1, given.shape[-1])
+            part = slice(self.filled, self.filled + rows.shape[1])
+            self.inputs[:, part] = rows
+            torch.mul(delta.reshape(*rows.shape[:2], -1), beside(rate, rows), out=self.deltas[:, part])
+            self.filled = part.stop
+        return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled])
+
+
+@dataclass
+class Descent:
+    """Parameters ``[K, ...]`` on their way down; ``[1, ...]`` until the first step, where all clients share them.
+
+    Args:
+        steps: how many there will be.
+        shared: whether all clients begin with the same.
+        thin: whether the clients' own weights may never be made, where that is less work.
+        rooms: for parameters and what replaces them, where nobody keeps either; None where somebody may.
+    """
+
+    params: dict[str, Any]
+    steps: int
+    shared: bool = True
+    thin: bool = False
+    rooms: Rooms | None = None
+    seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
+    begun: bool = False
+    own: set[str] = field(default_factory=set)  # weights of this descent's making, which may be changed in place
+
+    def step(self, parts: list[Part], rate: Tensor) -> None:
+        """One step; ``rate [K]`` is the learning rate, 0 where the step is padding."""
+        for part in parts:
+            name = part.layer.full("weight")
+            if part.layer.kind is not LINEAR or part.made is not None:
+                self.move(part.gradient(len(rate)), rate)
+                continue
+            if self.thin and self.rooms is not None and self.shared and not self.begun:
+                self._begin(name, part.uses, len(rate), self.rooms)
+            if name in self.seen:
+                self.params[name] = self.seen[name].add(part.uses, rate)
+            else:
+                for given, delta in part.uses:
+                    self._descend(name, given, delta, rate)
+            for _, delta in part.uses:
+                self.move(part.layer.named(linear_bias(part.layer.module, delta, len(rate))), rate)
+        self.begun = True
+
+    def move(self, gradient: dict[str, Tensor], rate: Tensor) -> None:
+        """``params - rate * gradient``, of those parameters that have one."""
+        for name, g in gradient.items():
+            self.params[name] = torch.addcmul(self.params[name], beside(rate, g), g, value=-1)
+
+    def explicit(self, clients: int) -> dict[str, Any]:
+        """The parameters, leaves ``[K, ...]``."""
+        assert not self.seen, "they were never made"
+        return {name: p.expand(clients, *p.shape[1:]) for name, p in self.params.items()}
+
+    def total(self, weights: Tensor, start: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The clients' changes from ``start``, weighted by ``weights [K]`` and added up: leaves ``[1, ...]``."""
+        found = {}
+        for name, first in start.items():
+            if name in self.seen:
+                thin: Thin = self.params[name]
+                rows = (thin.deltas * beside(weights, thin.deltas)).flatten(0, 1)
+                found[name] = -(rows.mT @ thin.inputs.flatten(0, 1))[None]
+            else:
+                changes = (self.params[name] - first).expand(len(weights), *first.shape)
+                found[name] = (weights.to(first.dtype)[None] @ changes.flatten(1)).view(1, *first.shape)
+        return found
+
+    def _descend(self, name: str, given: Tensor, delta: Tensor, rate: Tensor) -> None:
+        """A linear layer's step without its gradient in between; in place, once the weights are our own."""
+        clients, weight = len(rate), self.params[name]
+        rows = given.reshape(clients, -1, given.shape[-1])
+        scaled = delta.reshape(*rows.shape[:2], -1) * beside(rate, rows)
+        out = weight if name in self.own else None
+        if out is None and self.rooms is not None:
+            out = room(self.rooms, name, (clients, *weight.shape[1:]), weight)
+        self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), scaled.mT, rows, alpha=-1, out=out)
+        self.own.add(name)
+
+    def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms) -> None:
+        """Make room for a linear layer's rows of all steps, where that is less work than its clients' weights."""
+        outputs, features = self.params[name].shape[1:]
+        rows = sum(given.numel() // features for given, _ in uses) // clients * self.steps
+        if clients * outputs * features < SMALL or rows * (outputs + features) > 2 * outputs * features:
+            return
+        start = self.params[name][0]
+        inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)
+        deltas = room(rooms, f"{name} deltas", (clients, rows, outputs), start)
+        self.seen[name] = Seen(start, inputs, deltas)

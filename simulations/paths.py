@@ -1,0 +1,212 @@
+"""Which way a block of clients is trained: one batched computation, ``vmap`` of one client's training, or a loop."""
+
+import math
+import time
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fedtailor import tree
+from fedtailor.config import BlockPath
+from fedtailor.errors import ConfigError
+from fedtailor.recipe import Recipe, losses
+from fedtailor.simulations.blocks import block_train
+from fedtailor.simulations.engine import Many, vmapped
+from fedtailor.simulations.feed import Feed
+from fedtailor.simulations.folded import NotBatchable
+from fedtailor.strategies import fedavg
+from fedtailor.strategy import Strategy, WeightedChange
+from fedtailor.training import clipped, local_train, plain
+from fedtailor.tree import Params, Tree
+
+CACHE = 5 << 19  # bytes of clients' own weights at once: more leave a processor's cache between a step and the next
+
+
+class Task(NamedTuple):
+    """What is to be trained."""
+
+    recipe: Recipe
+    strategy: Strategy
+    lr: float
+    clip: float | None
+    feed: Feed
+    block: int  # clients at once, at most
+    together: bool  # whether nobody asks for one client's summand
+
+
+class Round(NamedTuple):
+    """One round's input, to try a way on."""
+
+    cast: Tree
+    memory: Tree
+    batches: Tree
+    live: Tensor
+    num_examples: Tensor
+
+    def of(self, clients: int, steps: int) -> "Round":
+        """A part of it."""
+        part = slice(0, clients)
+        batches = tree.map(lambda x: x[part, :steps] if x.dim() > 1 else x[part], self.batches)
+        return Round(self.cast, tree.at(self.memory, part), batches, self.live[part, :steps], self.num_examples[part])
+
+
+class Way(NamedTuple):
+    """How blocks are trained, and why so."""
+
+    many: Many
+    path: str  # block, loop or vmap
+    block: int
+    why: str = ""
+    seconds: dict[str, float] = {}  # noqa: RUF012  # a client's two steps, of each way that was measured
+
+
+def choose(path: BlockPath, task: Task, first: Round) -> Way:
+    """The way that ``path`` asks for.
+
+    ``auto`` goes by what the model is made of and never by the clock, so that a run repeats bit for bit; where the model
+    has no batched form, or gives another result in it, it is ``vmap``, and ``why`` says so. ``measure`` takes the fastest
+    of all ways on two steps of the first block; ways differ in rounding.
+
+    Raises:
+        ConfigError: if ``path`` asks for batches and the model has no batched form.
+    """
+    if path == "vmap":
+        return _vmap(task, "asked for")
+    if path == "loop":
+        return _loop(task, "asked for")
+    why = unfit(task, first)
+    if path == "block":
+        if why is not None:
+            raise ConfigError(f"simulation.path: block, but {why}; auto falls back on vmap")
+        return _block(task, task.block, "asked for")
+    if path == "auto":
+        return _vmap(task, why) if why is not None else _block(task, sensible(task, first))
+    return _fastest(task, first, why)
+
+
+def unfit(task: Task, first: Round) -> str | None:
+    """Why a model cannot be batched; None where it can, and two clients' two steps agree with one at a time."""
+    recipe = task.recipe._replace(model=lambda: _without_dropout(task.recipe.model()))
+    trial = first.of(2, 2)
+    cast, nothing = {"params": first.cast["params"]}, Tree()
+    batches = Feed(task.feed.data).all({k: v for k, v in trial.batches.items() if k not in ("noise", "noise_seed")})
+    size = batches["live"].shape[:2]
+    batches |= {
+        "live": torch.ones_like(batches["live"]),
+        "noise": tree.map(lambda p: torch.zeros(()).expand(*size, *p.shape), cast["params"]),
+    }
+    inputs = cast, nothing, batches, torch.ones_like(trial.live), trial.num_examples
+    try:
+        many = block_train(recipe, fedavg(), task.lr, task.clip)
+        before = torch.get_rng_state()
+        found = many(*inputs)[0]["delta"]
+        if not torch.equal(before, torch.get_rng_state()):
+            return "the model draws random numbers that no seed of a client is behind"
+    except NotBatchable as error:
+        return str(error)
+    except Exception as error:  # whatever a model's code does that clients folded into the batch cannot
+        return f"with clients folded into the batch it fails: {type(error).__name__}: {error}"
+    with warnings.catch_warnings(action="ignore"):  # that torch has no batching rule for this or that, and is slow
+        alone = looped(_train(task, recipe, fedavg()))(*inputs)[0]["delta"]
+    for name, expected in alone.items():
+        a, b = found[name].nan_to_num(), expected.nan_to_num()
+        if (a - b).norm() > 1e-2 * b.norm() + 1e-6:
+            return f"with clients folded into the batch, {name} learns something else: does the model mix examples?"
+    return None
+
+
+def sensible(task: Task, first: Round) -> int:
+    """Clients at once: all, but on a CPU only as many as whose own weights stay in its cache."""
+    noisy = "noise" in first.batches or "noise_seed" in first.batches
+    weighted = isinstance(task.strategy.report, WeightedChange) and task.strategy.reduce.is_sum
+    corrects = task.strategy.correct is not Strategy._field_defaults["correct"]
+    rows = first.batches["live"][0].numel()
+    starts = task.strategy.start is not Strategy._field_defaults["start"]
+    thin = task.together and weighted and not corrects and not starts and not noisy
+    params: Params = first.cast["params"]
+    own = [p for p in params.values() if not (thin and p.dim() == 2 and rows * sum(p.shape) <= 2 * p.numel())]
+    size, clients = sum(p.numel() * p.element_size() for p in own), len(first.live)
+    most = max(1, CACHE // max(size, 1))
+    if most >= clients or any(p.device.type != "cpu" for p in params.values()):
+        return task.block
+    return min(task.block, math.ceil(clients / math.ceil(clients / most)))  # blocks of about one size
+
+
+def looped(train: Callable[..., tuple[Tree, Tree]]) -> Many:
+    """One client's training for many, one after another."""
+
+    def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
+        each = [
+            train(cast, tree.at(memory, k), tree.at(batches, k), live[k], num_examples[k]) for k in range(len(live))
+        ]
+        return tree.stack([summand for summand, _ in each]), tree.stack([kept for _, kept in each])
+
+    return many
+
+
+def _train(task: Task, recipe: Recipe, strategy: Strategy) -> Callable[..., tuple[Tree, Tree]]:
+    each = losses(recipe)
+    return local_train(
+        plain(each) if task.clip is None else clipped(each, task.clip),
+        strategy,
+        task.lr,
+        each if task.clip is None else None,
+    )
+
+
+def _spelt_out(many: Many, feed: Feed) -> Many:
+    return lambda cast, memory, batches, live, counts: many(cast, memory, feed.all(batches), live, counts)
+
+
+def _vmap(task: Task, why: str) -> Way:
+    many = vmapped(_train(task, task.recipe, task.strategy))
+    return Way(_spelt_out(many, task.feed), "vmap", task.block, why)
+
+
+def _loop(task: Task, why: str) -> Way:
+    many = looped(_train(task, task.recipe, task.strategy))
+    return Way(_spelt_out(many, task.feed), "loop", task.block, why)
+
+
+def _block(task: Task, block: int, why: str = "") -> Way:
+    many = block_train(task.recipe, task.strategy, task.lr, task.clip, feed=task.feed, together=task.together)
+    return Way(many, "block", block, why)
+
+
+def _fastest(task: Task, first: Round, why: str | None) -> Way:
+    ways = [_vmap(task, "measured"), _loop(task, "measured")]
+    if why is None:
+        ways += [_block(task, block, "measured") for block in sorted({1, sensible(task, first), task.block})]
+    seconds, best = dict[str, float](), ways[0]
+    for way in ways:
+        name = f"{way.path} {way.block}"
+        try:
+            seconds[name] = _seconds(way, first)
+        except RuntimeError:  # torch has no batching rule for some operation, or there is not enough memory
+            continue
+        best = way if seconds[name] <= min(seconds.values()) else best
+    return best._replace(seconds=seconds, why="measured" if why is None else f"measured; no batches: {why}")
+
+
+def _seconds(way: Way, first: Round) -> float:
+    """Seconds a client, of two steps, the second time."""
+    clients = min(way.block, len(first.live))
+    part, took = first.of(clients, 2), 0.0
+    for _ in range(2):
+        began = time.perf_counter()
+        way.many(*part)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        took = time.perf_counter() - began
+    return took / clients
+
+
+def _without_dropout(module: nn.Module) -> nn.Module:
+    """What dropout leaves is chosen differently in a batch, so that two results could not be compared."""
+    for part in module.modules():
+        if type(part) is nn.Dropout:
+            part.p = 0.0
+    return module

@@ -1,0 +1,100 @@
+"""What a simulated site is fed: the deployment's draws, rows of its own, noise of its own stream; and sites with nothing."""
+
+import pytest
+import torch
+
+from fedtailor import tree
+from fedtailor.batches import draw, pack
+from fedtailor.config import build
+from fedtailor.errors import RefusedError
+from fedtailor.privacy.planning import resolve
+from fedtailor.recipe import Part, Recipe
+from fedtailor.simulations import cohort, feed, run
+from fedtailor.simulations.feed import seeded
+from fedtailor.simulations.run import simulate
+
+PRIVACY = {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0}
+LIKE = {"a": torch.zeros(3, 5), "own": {"b": torch.zeros(7), "c": torch.zeros(())}}
+
+
+def data_of(plan, sources):
+    recipe = build(plan.recipe, Recipe)
+    return {site: recipe.prepare(sources[site].table()) for site in plan.sites}
+
+
+def test_every_site_sees_the_rows_that_it_would_draw_in_a_deployment(plan, sources):
+    made = plan(local={"steps": 5, "rate": 0.1, "lr": 0.3})
+    data = data_of(made, sources)
+    batches = cohort.batches_of(made, data, 4)
+    found = cohort.feed_of(made, data, LIKE).all(batches)
+    for k, site in enumerate(made.sites):
+        part = data[site].train
+        expected = pack(part, draw(made.local, len(part.y), made.seed, 4, site), 0.1, found["live"].shape[-1])
+        for name, x in expected.items():
+            assert torch.equal(found[name][k], x), (site, name)
+    some = cohort.batches_of(made.model_copy(update={"sites": made.sites[1:]}), data, 4)  # whose turn it is
+    assert torch.equal(some["rows"][..., :1], batches["rows"][1:, :, :1])
+
+
+def test_noise_is_its_clients_own_whatever_the_block():
+    noise, numbers = seeded(LIKE, 2.0), torch.arange(300)
+    for together in (10**9, 0):  # drawn for all steps at once, and step by step
+        feed.AT_ONCE = together
+        steps = list(noise(numbers, 4))
+        alone = [list(noise(numbers[k : k + 1], 4)) for k in (0, 77)]
+        for k, own in zip((0, 77), alone, strict=True):
+            for step in range(4):
+                a, b = tree.flatten(tree.at(steps[step], k)), tree.flatten(tree.at(own[step], 0))
+                assert a.keys() == b.keys() == tree.flatten(LIKE).keys() and all(torch.equal(a[n], b[n]) for n in a)
+        flat = torch.stack([torch.cat([x.reshape(len(numbers), -1) for x in tree.leaves(step)], 1) for step in steps])
+        assert flat.std().item() == pytest.approx(2.0, rel=0.02) and abs(flat.mean().item()) < 0.05
+        parts = torch.cat([flat[..., :11], flat[..., 11:22]], 1).flatten(
+            0, 1
+        )  # no client, step or parameter has another's
+        assert len(parts.unique(dim=0)) == len(parts) == 4 * 2 * len(numbers)
+
+
+@pytest.fixture(autouse=True)
+def at_once():
+    before = feed.AT_ONCE
+    yield
+    feed.AT_ONCE = before
+
+
+def emptied(monkeypatch, *sites):
+    """Some sites' training parts, without a row."""
+    prepared = run.prepared
+
+    def without(plan, recipe, sources):
+        data = prepared(plan, recipe, sources)
+        return {k: d._replace(train=Part(d.train.x[:0], d.train.y[:0])) if k in sites else d for k, d in data.items()}
+
+    monkeypatch.setattr(run, "prepared", without)
+
+
+@pytest.mark.parametrize("privacy", [None, PRIVACY], ids=["plain", "private"])
+def test_a_site_without_rows_takes_no_part_and_is_named(plan, sources, monkeypatch, privacy):
+    without = simulate(plan(privacy=privacy, sites=["north", "west"], quorum=2), sources)[1]
+    emptied(monkeypatch, "south")
+    result, params = simulate(plan(privacy=privacy, quorum=2), sources)
+    assert result.dropped == [{"round": 0, "site": "south", "code": "empty"}] and set(result.sites) == {"north", "west"}
+    for name, p in params.items():
+        torch.testing.assert_close(p, without[name])
+
+
+def test_too_few_sites_with_rows_end_the_study(plan, sources, monkeypatch):
+    emptied(monkeypatch, "south", "west")
+    with pytest.raises(RefusedError, match="1 of 3 sites have rows, the quorum is 2") as error:
+        simulate(plan(quorum=2), sources)
+    assert error.value.code == "quorum"
+
+
+def test_a_site_with_fewer_rows_than_a_batch_and_steps_that_draw_none(plan, sources):
+    """A rate so small that most steps of the smallest site see nobody; it does not show how many are trained at once."""
+    made = resolve(plan(local={"steps": 4, "rate": 0.02, "lr": 0.3}, privacy=PRIVACY))
+    live = cohort.batches_of(made, data_of(made, sources), 0)["live"]
+    assert (live.sum(2) == 0).any() and live.shape[2] < 8
+    ends = [simulate(made, sources, block=block)[1] for block in (1, 64)]
+    for name, p in ends[0].items():
+        torch.testing.assert_close(p, ends[1][name], rtol=1e-5, atol=1e-6)
+        assert bool(p.isfinite().all())

@@ -1,0 +1,151 @@
+"""Models of every kind of layer, and clients of different sizes to train them, for the batched engine's tests."""
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from fedtailor import recipe as recipes
+from fedtailor import tree
+from fedtailor.recipe import Recipe
+from fedtailor.training import clipped, local_train, plain
+
+K, S, B, CLIP = 5, 3, 4, 0.4
+WORDS = 7
+
+
+class Text(nn.Module):
+    """Tokens [B, 6] through an embedding, attention of its own, a low-rank adapter and norms, to [B, 3]."""
+
+    def __init__(self, padding=0):
+        super().__init__()
+        self.embed = nn.Embedding(WORDS, 8, padding_idx=padding)
+        self.norm, self.qkv, self.out = nn.LayerNorm(8), nn.Linear(8, 24), nn.Linear(8, 8, bias=False)
+        self.down, self.up, self.last = nn.Linear(8, 2, bias=False), nn.Linear(2, 8, bias=False), nn.RMSNorm(8)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        q, k, v = self.qkv(self.norm(x)).chunk(3, -1)
+        x = x + self.out(torch.softmax(q @ k.mT / 8**0.5, -1) @ v)
+        return self.head(self.last(x + self.up(self.down(x))).mean(1))
+
+
+class Twice(nn.Module):
+    """A layer used twice, and one that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head, self.idle = nn.Linear(6, 6), nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.inner(torch.tanh(self.inner(x)))))
+
+
+class Wide(nn.Module):
+    """Large linear layers, one of them used twice, and a bias that only one has."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.outer, self.head = nn.Linear(300, 200), nn.Linear(200, 300, bias=False), nn.Linear(200, 3)
+
+    def forward(self, x):
+        x = torch.tanh(self.wide(x))
+        return self.head(torch.tanh(self.wide(torch.tanh(self.outer(x)))))
+
+
+def conv1d():
+    return nn.Sequential(nn.Conv1d(2, 4, 3, stride=2, bias=False), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(8, 3))
+
+
+def conv2d():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding="same"), nn.GroupNorm(2, 4), nn.GELU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 4, 2, padding=1, dilation=2, groups=2), nn.Tanh(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(4, 3),
+    )  # fmt: skip
+
+
+def numbers(*shape):
+    return lambda rng, *leading: torch.randn(*leading, *shape, generator=rng, dtype=torch.double)
+
+
+def tokens(rng, *leading):
+    return torch.randint(WORDS, (*leading, 6), generator=rng)
+
+
+WIDE = lambda: nn.Sequential(nn.Linear(300, 200), nn.Tanh(), nn.Linear(200, 3))  # noqa: E731
+DROPS = lambda: nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.4), nn.Dropout(0.4), nn.Linear(5, 3))  # noqa: E731
+
+MODELS = {
+    "linear": (lambda: nn.Linear(6, 3), numbers(6)),
+    "mlp": (
+        lambda: nn.Sequential(nn.Linear(6, 5), nn.LayerNorm(5), nn.GELU(), nn.Linear(5, 3, bias=False)),
+        numbers(6),
+    ),
+    "sequence": (lambda: nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)), numbers(2, 6)),
+    "long sequence": (lambda: nn.Sequential(nn.Linear(6, 2), nn.Tanh(), nn.Flatten(), nn.Linear(14, 3)), numbers(7, 6)),
+    "text": (Text, tokens),
+    "twice": (Twice, numbers(6)),
+    "conv1d": (conv1d, numbers(2, 6)),
+    "conv2d": (conv2d, numbers(2, 6, 6)),
+}
+
+
+OTHERS = {"wide": (WIDE, numbers(300)), "wide twice": (Wide, numbers(300)), "dropout": (DROPS, numbers(6)),
+          "text unpadded": (lambda: Text(None), tokens)}  # fmt: skip
+
+
+def made(name, dtype=torch.double):
+    model, inputs = (MODELS | OTHERS)[name]
+
+    def each(outputs, y):
+        return cross_entropy(outputs, y, reduction="none")
+
+    return Recipe(name, None, lambda: model().to(dtype), each, None), inputs
+
+
+def world(recipe, inputs, clip, strategy=None, seed=0):
+    """K clients of different size: padded examples, padded steps, and one that has nothing at all."""
+    rng = torch.Generator().manual_seed(seed)
+    params = recipes.initial(recipe, seed)
+    live = (torch.arange(S) < torch.tensor([S, 1, S, 2, S])[:, None]).double()
+    batches = {
+        "x": inputs(rng, K, S, B),
+        "y": torch.randint(3, (K, S, B), generator=rng),
+        "live": (torch.rand(K, S, B, generator=rng) < 0.7).double(),
+        "scale": torch.rand(K, S, generator=rng, dtype=torch.double),
+        "seed": torch.arange(K)[:, None].expand(K, S),
+    }
+    batches["live"][2] = 0
+    if clip is not None:
+        like = params if strategy is None else strategy.start({"params": params}, strategy.remember(params))
+        batches["noise"] = tree.map(lambda p: torch.randn(K, S, *p.shape, generator=rng, dtype=p.dtype), like)
+    return params, batches, live, torch.arange(1.0, K + 1, dtype=torch.double)
+
+
+def reference(recipe, strategy, clip, lr=0.3):
+    losses = recipes.losses(recipe)
+    gradient = plain(losses) if clip is None else clipped(losses, clip)
+    return local_train(gradient, strategy, lr, losses if clip is None else None)
+
+
+def one_by_one(train, cast, memory, batches, live, counts):
+    found = [train(cast, tree.at(memory, k), tree.at(batches, k), live[k], counts[k]) for k in range(len(live))]
+    return tree.stack([a for a, _ in found]), tree.stack([b for _, b in found])
+
+
+def assert_close(a, b, atol=1e-10):
+    """Of summands and memories."""
+    one, other = (tree.flatten(dict(zip(("summand", "memory"), each, strict=True))) for each in (a, b))
+    assert one.keys() == other.keys()
+    for name, x in one.items():
+        torch.testing.assert_close(x, other[name], rtol=atol, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def started(strategy, params):
+    """A cast and memories that are not all zero."""
+    rng = torch.Generator().manual_seed(5)
+    cast = strategy.broadcast(strategy.init(params))
+    cast |= {k: tree.map(lambda x: x + 0.01, v) for k, v in cast.items() if k != "params"}
+    memory = tree.stack([strategy.remember(params)] * K)
+    return cast, tree.map(lambda x: x + 0.1 * torch.randn(x.shape, generator=rng, dtype=x.dtype), memory)
