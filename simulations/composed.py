@@ -1,10 +1,13 @@
 """A study from its settings to its result, as the command line composes it: for notebooks, scripts and sweeps."""
 
+import re
 from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedtailor.config import Experiment, build, load, overrides_of
+from fedtailor.config import Experiment, build, groups, load
+from fedtailor.errors import ConfigError
 from fedtailor.privacy.planning import resolve
 from fedtailor.report import write_run
 from fedtailor.result import Result
@@ -63,3 +66,48 @@ def run(experiment: Experiment, on_event: OnEvent = lambda event: None) -> Simul
         on_event=on_event,
     )
     return Simulated(result, params, plan)
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as Hydra overrides, in order.
+
+    >>> overrides_of({"privacy": None, "strategy": {"mu": 0.1, "of": {"name": "topk"}}, "sites": ["a", "b"]})
+    ['privacy=none', 'strategy.mu=0.1', "++strategy.of={name: 'topk'}", "sites=['a', 'b']"]
+
+    Raises:
+        ConfigError: naming a setting whose value is neither word, number, truth value, None, list nor mapping.
+    """
+    found = []
+    for key, value in settings.items():
+        if key in groups() and isinstance(value, Mapping):
+            found += [f"{'++' if isinstance(v, Mapping) else ''}{key}.{k}={_literal(key, v)}" for k, v in value.items()]
+        elif key in groups():  # a choice is a word, and YAML's null is the choice "none"
+            found.append(f"{key}={'none' if value is None else value}")
+        else:
+            found.append(f"{key}={_literal(key, value)}")
+    return found
+
+
+_BEFORE_QUOTE = re.compile(r"(\\*)('|\Z)")  # Hydra takes a backslash for one unless a quote follows
+
+
+def _doubled(found: re.Match[str]) -> str:
+    return 2 * found[1] + ("\\'" if found[2] else "")
+
+
+def _literal(key: str, value: Any) -> str:
+    """A value in Hydra's grammar."""
+    match value:
+        case None | bool():
+            return {None: "null", True: "true", False: "false"}[value]
+        case Integral():
+            return str(int(value))
+        case Real():
+            return repr(float(value))
+        case str() | Path():
+            return f"'{re.sub(_BEFORE_QUOTE, _doubled, str(value))}'"
+        case Mapping():
+            return "{{{}}}".format(", ".join(f"{k}: {_literal(key, v)}" for k, v in value.items()))
+        case list() | tuple():
+            return f"[{', '.join(_literal(key, v) for v in value)}]"
+    raise ConfigError(f"{key}: a {type(value).__name__} is not a setting; words, numbers, lists and mappings are")

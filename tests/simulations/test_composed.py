@@ -12,8 +12,9 @@ from typer.testing import CliRunner
 
 import fedtailor
 from fedtailor.cli import app
-from fedtailor.config import load, overrides_of
+from fedtailor.config import load
 from fedtailor.errors import ConfigError
+from fedtailor.simulations.composed import overrides_of
 
 QUICK = {"rounds": 2, "privacy": None, "evaluation": {"baseline": False}}
 
