@@ -52,7 +52,7 @@ def named(overrides: Sequence[str]) -> str:
     """A folder's name for some overrides: they themselves where a file name can hold them; different for different ones.
 
     >>> named(["rounds=5", "strategy=fedprox"]), named(["sites=[va,../x]"])
-    ('rounds=5,strategy=fedprox', 'sites=_va,.._x_-50ad5c1e')
+    ('rounds=5,strategy=fedprox', 'sites=_va,.._x_-1b3fe32c')
     """
     text = ",".join(overrides) or "defaults"
     name = re.sub(r"[^\w=.,+~-]+", "_", text, flags=re.ASCII)
