@@ -6,7 +6,7 @@ import sys
 import typer
 from rich.console import Console
 
-from fedtailor.cli import approval, client, demo, doctor, plugins, roster, server, simulate
+from fedtailor.cli import approval, client, compare, demo, doctor, plugins, roster, server, simulate
 from fedtailor.errors import ConfigError, FedtailorError, RefusedError
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.add_typer(client.app, name="client")
 approval.add_to(client.app)
 client.app.command()(doctor.doctor)
 app.command("simulate")(simulate.simulate)
+app.command("compare")(compare.compare)
 app.command("demo")(demo.demo)
 app.command("plugins")(plugins.plugins)
 

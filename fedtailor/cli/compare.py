@@ -1,0 +1,219 @@
+"""``fedtailor compare``: one table over many run folders, those that differ by their seed in one row."""
+
+import csv as csvlib
+import io
+import json as jsonlib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Annotated, Any, NamedTuple
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fedtailor.cli.options import Json, show
+from fedtailor.errors import ConfigError, StoreError
+
+NAMED = ("seed", "study", "strategy._target_")  # settings that have columns of their own, or are what a row is over
+Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file, with all digits.")]
+
+
+class Run(NamedTuple):
+    """A run folder."""
+
+    result: Any  # a fedtailor.result.Result
+    settings: dict[str, str]  # of config.yaml, by the names that overrides have
+
+
+class Mean(NamedTuple):
+    """Over the seeds where it was estimable."""
+
+    mean: float | None  # None: nowhere
+    half: float | None  # half of the 95 % interval of the mean, by Student's t; None: of less than two seeds
+    seeds: int
+
+
+class Row(NamedTuple):
+    """Runs that differ by their seed at most."""
+
+    study: str
+    strategy: str
+    settings: dict[str, str]  # those that are not the same in all rows
+    seeds: list[int]
+    metrics: dict[str, Mean]  # of the federated model; "own …" where each site has a model of its own
+    epsilon: float | None  # the greatest of any site in any of the runs
+    seconds: float  # a run, their mean
+
+
+def compare(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Every run folder in it, at any depth, is compared.")],
+    csv: Csv = None,
+    json: Json = False,
+) -> None:
+    """Compare runs: what differs between them, metrics with 95 % intervals over seeds, epsilon, seconds."""
+    runs, wrong = [], []
+    for path in sorted(folder.rglob("result.json")):
+        try:
+            runs.append(read(path.parent))
+        except StoreError as error:
+            wrong.append(str(error))
+    if not runs and not wrong:
+        raise ConfigError(f"{folder}: no run folder, one with a result.json, is in it; see: fedtailor simulate --help")
+    rows = compared(runs)
+    if csv is not None:
+        _write(csv, rows)
+    if not show({"rows": [row._asdict() for row in rows], "wrong": wrong}, json) and rows:
+        Console().print(shown(rows))
+    for text in wrong:
+        Console(stderr=True).print(f"left out: {text}", markup=False, highlight=False, soft_wrap=True)
+    if wrong:
+        raise typer.Exit(1)
+
+
+def read(folder: Path) -> Run:
+    """A run folder.
+
+    Raises:
+        StoreError: naming the file that is missing or damaged.
+    """
+    import yaml
+
+    from fedtailor.result import Result
+
+    path = folder / "result.json"
+    try:
+        result = Result.model_validate_json(path.read_bytes())
+        path = folder / "config.yaml"
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:  # pydantic's is a ValueError
+        raise StoreError(f"{path} cannot be read: {str(error).splitlines()[0]}; run it again, or remove it") from error
+    settings = {key: value for key, value in _flat(config).items() if key not in NAMED}
+    return Run(result, settings | {"engine": result.engine, "status": result.status})
+
+
+def _flat(value: Any, name: str = "") -> dict[str, str]:
+    if isinstance(value, dict) and value:
+        return {k: v for key, each in value.items() for k, v in _flat(each, f"{name}.{key}" if name else key).items()}
+    return {} if value is None else {name: value if isinstance(value, str) else jsonlib.dumps(value)}
+
+
+def compared(runs: Sequence[Run]) -> list[Row]:
+    """One row for runs that are equal but for their seed, in the order in which the first of each came."""
+    from fedtailor.report import headline
+
+    together: dict[tuple[str, ...], list[Run]] = {}
+    for run in runs:
+        key = (run.result.study, run.result.strategy, jsonlib.dumps(run.settings, sort_keys=True))
+        together.setdefault(key, []).append(run)
+    differ = [
+        name
+        for name in dict.fromkeys(name for run in runs for name in run.settings)
+        if len({run.settings.get(name) for run in runs}) > 1
+    ]
+    rows = []
+    for (study, strategy, _), some in together.items():
+        names = dict.fromkeys(name for run in some for name in headline(run.result))
+        kinds = {"federated": "", "personal": "own "}
+        found = {
+            f"{word}{name}": _mean([(run.result.seed, run.result.metrics[kind].get(name)) for run in some])
+            for kind, word in kinds.items()
+            for name in names
+            if all(kind in run.result.metrics for run in some)
+        }
+        spent = [run.result.privacy.epsilon_max for run in some if run.result.privacy is not None]
+        rows.append(
+            Row(
+                study=study,
+                strategy=strategy,
+                settings={name: some[0].settings.get(name, "") for name in differ},
+                seeds=sorted({run.result.seed for run in some}),
+                metrics=found,
+                epsilon=max(spent, default=None),
+                seconds=fmean(run.result.timing.wall_s for run in some),
+            )
+        )
+    return rows
+
+
+def _mean(measured: Sequence[tuple[int, float | None]]) -> Mean:
+    """Of runs with one seed their mean counts once: they are not independent."""
+    by_seed: dict[int, list[float]] = {}
+    for seed, value in measured:
+        if value is not None:
+            by_seed.setdefault(seed, []).append(value)
+    means = [fmean(values) for values in by_seed.values()]
+    if len(means) < 2:
+        return Mean(means[0] if means else None, None, len(means))
+    from scipy.special import stdtrit
+
+    quantile = float(stdtrit(len(means) - 1, 0.975))
+    return Mean(fmean(means), quantile * stdev(means) / math.sqrt(len(means)), len(means))
+
+
+def shown(rows: Sequence[Row]) -> Table:
+    """For people: of the settings only as many as tell the rows apart; the caption names the others."""
+    columns, others = _telling(rows)
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    lines = ["mean ± half of the 95 % interval over seeds"] if any(len(row.seeds) > 1 for row in rows) else []
+    lines += [f"the rows also differ in {', '.join(others)}"] if others else []
+    table = Table(box=SIMPLE_HEAD, caption="\n".join(lines), caption_justify="left", padding=(0, 1, 0, 0))
+    for heading in ("study", "strategy", *columns):
+        table.add_column(heading, overflow="fold")
+    for heading in ("seeds", *metrics, "ε", "seconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for row in rows:
+        table.add_row(
+            *(row.study, row.strategy, *(row.settings[name] or "–" for name in columns), str(len(row.seeds))),
+            *(_cell(row.metrics.get(name), len(row.seeds)) for name in metrics),
+            *("no DP" if row.epsilon is None else _at_most(row.epsilon), f"{row.seconds:.1f}"),
+        )
+    return table
+
+
+def _telling(rows: Sequence[Row]) -> tuple[list[str], list[str]]:
+    """The settings that tell rows apart which those before leave together, and the others."""
+    keys: list[tuple[str, ...]] = [(row.study, row.strategy) for row in rows]
+    kept, others = [], []
+    for name in rows[0].settings if rows else ():
+        finer = [(*key, row.settings[name]) for key, row in zip(keys, rows, strict=True)]
+        if len(set(finer)) > len(set(keys)):
+            keys = finer
+            kept.append(name)
+        else:
+            others.append(name)
+    return kept, others
+
+
+def _cell(found: Mean | None, seeds: int) -> str:
+    if found is None:
+        return "–"
+    if found.mean is None:
+        return "n/e"
+    text = f"{found.mean:.3f}" if found.half is None else f"{found.mean:.3f} ± {found.half:.3f}"
+    return text if found.seeds == seeds else f"{text} ({found.seeds} of {seeds})"
+
+
+def _at_most(epsilon: float) -> str:
+    from fedtailor.card import at_most
+
+    return at_most(epsilon)
+
+
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    from fedtailor import store
+
+    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    settings = list(rows[0].settings) if rows else []
+    text = io.StringIO()
+    writer = csvlib.writer(text, lineterminator="\n")
+    heads = [f"{name}{part}" for name in metrics for part in ("", " ± 95 %")]
+    writer.writerow(["study", "strategy", *settings, "seeds", *heads, "epsilon", "seconds"])
+    for row in rows:
+        means = [row.metrics.get(name, Mean(None, None, 0)) for name in metrics]
+        cells = [value for each in means for value in (each.mean, each.half)]
+        seeds = " ".join(map(str, row.seeds))
+        writer.writerow([row.study, row.strategy, *row.settings.values(), seeds, *cells, row.epsilon, row.seconds])
+    store.write_text(path, text.getvalue(), mode=0o644)
