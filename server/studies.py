@@ -23,6 +23,7 @@ from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting, Tour
+from fedtailor.server.vouching import lasts_from
 from fedtailor.strategy import model_in
 
 log = logging.getLogger("fedtailor.server")
@@ -108,7 +109,8 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
             progress = noted(progress, plan, closed, progress.round, seconds)
             state = advance(plan, strategy, tour.state, closed, progress.round, like)
             wall_s = before + time.monotonic() - began
-            progress = progress._replace(round=progress.round + 1, wall_s=wall_s, last=last)
+            lasts = (*lasts_from(progress.last), last)[-plan.turns() :]
+            progress = progress._replace(round=progress.round + 1, wall_s=wall_s, last=lasts)
             run.save(state, progress, plan.digest())
             releasing(run, plan, progress.round)
             del closed, state
