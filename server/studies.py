@@ -136,7 +136,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     config_yaml = (run.folder / "config.yaml").read_text()
     write_run(run.folder, result=result, plan=plan, params=params, config_yaml=config_yaml)
     events.emit("finished", run=run.name, status=status, round=progress.round)
+    run.write_status(status, progress.round)  # after the events: who watches takes it for their end
     if status == "completed":
-        forget(run)
-    run.write_status(status, progress.round)  # last: who watches takes it for the end of the events
+        forget(run)  # after the status: until that is written, the run may be taken up again, and needs its key
     return progress
