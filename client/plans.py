@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from fedtailor import store
-from fedtailor.errors import ConfigError, RefusedError, StoreError
+from fedtailor.errors import ConfigError, FedtailorError, RefusedError, StoreError
 from fedtailor.policy import Policy, Rule, judge_plugins, refuse
 from fedtailor.proposal import Proposal, fresh, installed, opened, parsed, third_party
 from fedtailor.receipts import Receipt
@@ -84,6 +84,20 @@ class Known(NamedTuple):
             store.write_json(path, {"receipt": receipt.text(), "seal": seal})
 
 
+def _sound(proposal: Proposal) -> None:
+    """What is installed gives the proposal the meaning that it claims.
+
+    Raises:
+        RefusedError: ``code``, ``leaves``; ``plan`` where its numbers are such that nothing can be made of it.
+    """
+    try:
+        installed(proposal)
+    except FedtailorError:
+        raise
+    except Exception as error:  # an overflow, say: the numbers are the coordinator's, and must not stop this daemon
+        raise RefusedError(f"nothing can be made of the plan: {type(error).__name__}: {error}", code="plan") from error
+
+
 def approves(site: str, digest: str) -> str:
     """What an officer signs."""
     return canonical([site, digest])
@@ -127,7 +141,7 @@ class Plans:
         if foreign := self._foreign(proposal):
             self._file(folder, visit.proposal, proposal)
             refuse(foreign)
-        installed(proposal)
+        _sound(proposal)
         self._file(folder, visit.proposal, proposal)
         return Known(proposal, digest, self._standing(folder), folder)
 
@@ -138,7 +152,7 @@ class Plans:
             RefusedError: ``plugin``, ``code``, ``leaves``.
         """
         refuse(self._foreign(proposal))
-        installed(proposal)
+        _sound(proposal)
 
     def _foreign(self, proposal: Proposal) -> list[Rule]:
         """The rules for plug-ins, if one of them does not hold."""

@@ -57,8 +57,9 @@ def _receipt(visit: Visit, known: Known, signer: Public, site: str) -> None:
     receipt = visit.receipt
     if receipt is None:
         return
-    answered, late = known.answers(), known.proposal.plan.buffer is not None  # an answer may count in a later round
-    rounds = [round for round in answered if round == receipt.round or late and round < receipt.round]
+    answered, buffer = known.answers(), known.proposal.plan.buffer
+    late = 0 if buffer is None else buffer.oldest  # an answer may count in a later round
+    rounds = [round for round in answered if 0 <= receipt.round - round <= late]
     ours = (receipt.run, receipt.proposal, receipt.site) == (visit.run, known.digest, site)
     ours = ours and receipt.summand_sha256 in [answered[round] for round in rounds]
     if not (ours and receipt.holds() and genuine(signer, "receipt", receipt.text(), visit.receipt_seal)):

@@ -117,8 +117,9 @@ def _metrics(result: Result, no_plot: str) -> list[str]:
     if "personal" in result.metrics:
         kinds["personal"] = "own"
         lines[0] += (
-            " *Own* is each site's own model: the part that the site keeps has never left it and is not in the file of "
-            "this card. A site uses the better of the two."
+            " *Own* is each site's own model, of which at least a part has never left it. Parameters that the strategy "
+            "leaves to the sites are in the file of this card as they began, untrained: it is then no model to predict "
+            "with, and *federated* is measured with them."
         )
     lines += [f"| site | metric | {' | '.join(kinds.values())} |", f"|---|---|{'---:|' * len(kinds)}"]
     for name, site in sorted(result.sites.items()):

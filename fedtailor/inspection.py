@@ -22,6 +22,7 @@ def document(proposal: Proposal, rules: list[Rule]) -> dict[str, Any]:
         "quorum": plan.quorum,
         "rounds": plan.rounds,
         "steps": plan.local.steps,
+        "within_s": plan.local.within_s,
         "buffer": plan.buffer.model_dump() if plan.buffer else None,
         "privacy": privacy.model_dump() if privacy else None,
         "leaves": {
@@ -74,6 +75,8 @@ def sentences(shown: dict[str, Any]) -> list[str]:
     names = ", ".join(f"{one['name']} {one['shape']}" for one in leaves["tensors"][:6])
     more = f" and {len(leaves['tensors']) - 6} more" if len(leaves["tensors"]) > 6 else ""
     measured = "the shared model's and your own" if leaves["models"] == 2 else "the shared model's"
+    if shown["within_s"] is not None:
+        lines.append(f"A site takes as many of its steps as it begins in {shown['within_s']:g} s, and says how many.")
     if shown["buffer"] is not None:
         lines.append(
             f"A round closes on {shown['buffer']['answers']} answers, a quorum of them to its own model; a late one counts "

@@ -6,9 +6,10 @@ It follows from a plan without making the model. Both ends compare an answer wit
 import math
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import Annotated
 
 import torch
-from pydantic import NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
@@ -34,9 +35,9 @@ Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a tensor -> dty
 class Tensor(Frozen):
     """One tensor of an answer."""
 
-    name: str
-    dtype: str
-    shape: tuple[NonNegativeInt, ...]
+    name: Annotated[str, Field(max_length=1000)]
+    dtype: Annotated[str, Field(pattern=r"^(int64|float64|float32|int32|bfloat16|float16|int16|int8|uint8|bool)$")]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, le=2**40)], ...], Field(max_length=16)]
 
 
 class Leaving(Frozen):

@@ -182,7 +182,7 @@ def _of_site(plan: Plan, stated: SitePrivacy) -> Rule:
     """Whether a site-level promise is what its noise gives. No cap of this policy is on it: those are of records."""
     try:
         whole = epsilon_after(stated, plan.rounds)
-    except ConfigError as error:  # no epsilon can be worked out
+    except (ConfigError, ArithmeticError) as error:  # no epsilon can be worked out
         raise RefusedError(str(error), code="plan") from error
     return _most(
         "epsilon", "the epsilon of one site by the coordinator's noise, against its promise", whole, stated.epsilon

@@ -50,7 +50,7 @@ class Spec(BaseModel):
 class LocalTraining(Frozen):
     """What a site does in one round: a public number of steps, each on a Poisson sample of a public rate."""
 
-    steps: PositiveInt
+    steps: Annotated[int, Field(ge=1, le=1_000_000)]
     rate: Rate
     lr: PositiveFloat
     within_s: PositiveFloat | None = None  # a site that is slower takes fewer steps, one at least; None: all of them
@@ -91,7 +91,7 @@ class AdaptiveClip(Frozen):
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the share of sites that are not to be clipped
     lr: PositiveFloat = 0.2  # how far the logarithm of the clip moves where the share is off by one
-    count_noise: Annotated[float, Field(gt=0, le=1e6)] | None = (
+    count_noise: Annotated[float, Field(ge=1e-9, le=1e6)] | None = (
         None  # deviation of the noise on the number of unclipped sites; None: chosen
     )
 
@@ -119,7 +119,7 @@ class SitePrivacy(Frozen):
     epsilon: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=0.1)]
     clip: Annotated[float, Field(gt=0, le=1e6)]  # of one site's summand, in L2 norm; where it is adaptive, the first
-    noise_multiplier: Annotated[float, Field(gt=0, le=1e6)] | None = (
+    noise_multiplier: Annotated[float, Field(ge=1e-9, le=1e6)] | None = (
         None  # None: calibrated from epsilon, delta and rounds
     )
     adaptive: AdaptiveClip | None = None
@@ -157,9 +157,9 @@ class Plan(Frozen):
     """One study, complete: two parties who hold equal plans run the same computation."""
 
     study: Name
-    rounds: PositiveInt
+    rounds: Annotated[int, Field(ge=1, le=100_000)]  # a plan comes from the coordinator, and its cost is worked out
     seed: NonNegativeInt = 0
-    sites: Annotated[tuple[Name, ...], Field(min_length=1)]
+    sites: Annotated[tuple[Name, ...], Field(min_length=1, max_length=10_000)]
     quorum: PositiveInt  # a round counts when at least this many sites replied
     deadline_s: PositiveFloat  # a round closes then, with whoever replied
     buffer: Buffer | None = None  # None: a round waits for all sites until its deadline
@@ -178,7 +178,7 @@ class Plan(Frozen):
             raise ValueError(f"quorum: {self.quorum} is more than the {len(self.sites)} sites listed")
         if self.turns() > len(self.sites):
             raise ValueError(f"privacy.correlated.separation: {self.turns()} is more than the {len(self.sites)} sites")
-        if (fewest := min(len(self.asked(turn)) for turn in range(self.turns()))) < self.quorum:
+        if (fewest := len(self.sites) // self.turns()) < self.quorum:
             raise ValueError(
                 f"quorum: {self.quorum} is more than the {fewest} sites whose turn it is in some round "
                 f"(privacy.correlated.separation: {self.turns()})"

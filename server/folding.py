@@ -10,6 +10,7 @@ from torch import Tensor
 from fedtailor import packing, tree
 from fedtailor.errors import ConfigError, WireError
 from fedtailor.leaving import Leaving, Spec
+from fedtailor.privacy.site_level import within_bound
 from fedtailor.server.payload import Payload, fold, whole
 from fedtailor.server.rounds import Answer
 from fedtailor.strategy import Strategy
@@ -36,6 +37,7 @@ def close_round(
     on_answer: Callable[[Answer], None],
     vouched: Callable[[str, Report, Visit], None] = lambda site, report, visit: None,
     buffer: Buffer | None = None,
+    clip: float | None = None,
 ) -> Closed:
     """Fold ``stream`` one reply at a time: constant memory where the reduction is a sum.
 
@@ -44,6 +46,7 @@ def close_round(
     Args:
         vouched: raises WireError where a report lacks what its site must sign.
         buffer: how much an answer to an earlier round counts.
+        clip: of this round, where privacy is of a whole site: an answer beyond it does not count.
     """
     closed = Closed(None, {}, {}, {}, {})
     acc: Tree | None = None
@@ -54,6 +57,8 @@ def close_round(
                 asked = answer.visit or visit
                 vouched(answer.site, answer.report, asked)
                 summand = open_summand(answer, asked, leaves)
+                if visit.train and clip is not None and not within_bound(summand, clip):
+                    raise WireError("a summand that is not clipped as this round asks", code="norm")
                 if answer.visit is not None:
                     summand = discounted(summand, buffer, visit.round - asked.round)
                 if visit.train:

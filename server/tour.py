@@ -70,6 +70,12 @@ class Tour:
     def _cast(self) -> bytes:
         return b"".join(store.safetensors(tree.flatten(self.strategy.broadcast(self.state()))))
 
+    def _clip(self) -> float | None:
+        """What a site's summand is clipped to in the next round, where privacy is of a whole site."""
+        if self.plan.site is None:
+            return None
+        return float(self.state()["clip"]) if self.plan.site.adaptive else self.plan.site.clip
+
     def propose(self) -> bool:
         """Show the signed proposal to every site, until all have answered, or a deadline after a quorum has agreed.
 
@@ -136,6 +142,7 @@ class Tour:
             lambda answer: self._note(answer, round),
             self.vouch.check,
             plan.buffer,
+            self._clip(),
         )
         return closed._replace(sent=sent), time.monotonic() - began, last_of(visit, closed.reports)
 

@@ -5,6 +5,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.privacy.accounting import calibrate
 from fedtailor.privacy.site_accounting import calibrated, mixture_of
 from fedtailor.privacy.site_level import private
+from fedtailor.recipe import Recipe, shapes
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.training import NO_LOSS
@@ -30,8 +31,7 @@ def resolve(plan: Plan) -> Plan:
         return resolved
     if plan.record is not None and build(plan.strategy, Strategy).needs_loss:
         raise ConfigError(NO_LOSS)
-    if plan.buffer is not None and not build(plan.strategy, Strategy).reduce.is_sum:
-        raise ConfigError("buffer: a late answer counts less, which only a strategy that sums its summands can do")
+    strategy_of(plan)
     if plan.record is None or plan.record.noise_multiplier is not None:
         return plan
     steps = plan.rounds * plan.local.steps
@@ -55,6 +55,8 @@ def strategy_of(plan: Plan, key: bytes | None = None) -> Strategy:
         ConfigError: if the strategy cannot be made private, or the plan does not say how much noise to add.
     """
     strategy, privacy = build(plan.strategy, Strategy), plan.site
+    if plan.buffer is not None:
+        _takes_late_answers(strategy, plan)
     if privacy is None:
         return strategy
     if strategy.needs_loss:
@@ -71,3 +73,13 @@ def strategy_of(plan: Plan, key: bytes | None = None) -> Strategy:
         seed=plan.seed,
         key=key,
     )
+
+
+def _takes_late_answers(strategy: Strategy, plan: Plan) -> None:
+    if not strategy.reduce.is_sum:
+        raise ConfigError("buffer: a late answer counts less, which only a strategy that sums its summands can do")
+    if strategy.personal is None and strategy.remember(shapes(build(plan.recipe, Recipe))):
+        raise ConfigError(
+            "buffer: a late answer counts less, but this strategy's sites remember it as if it had counted whole; choose "
+            "one without a memory, or buffer=null"
+        )

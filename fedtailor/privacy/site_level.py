@@ -1,8 +1,9 @@
 """Site-level differential privacy as a wrapper around any strategy whose summands are summed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from fedtailor import seeds, tree
 from fedtailor.errors import ConfigError
@@ -12,6 +13,7 @@ from fedtailor.strategy import Local, Strategy
 from fedtailor.study import AdaptiveClip
 from fedtailor.tree import Tree
 
+EXTRAS = ("weight", "within")  # what a summand holds beside its values
 SHORT = 1 - 2.0**-20  # a clip is missed by a rounding of float32; then it is missed downwards
 
 
@@ -107,13 +109,23 @@ def _adaptive(
     )
 
 
+def within_bound(summand: Mapping[str, Tensor], clip: float) -> bool:
+    """Whether a client's summand, by path, is one that :func:`private` reports for this clip.
+
+    The other clients' privacy does not rest on it, but the model and the next clip do. Pieces are looked at one by one.
+    """
+    squares = [torch.linalg.vector_norm(x.double()) ** 2 for path, x in summand.items() if path not in EXTRAS]
+    short = float(sum(squares)) ** 0.5 <= clip * (1 + 1e-6)
+    return short and float(summand["weight"]) == 1 and ("within" not in summand or abs(float(summand["within"])) <= 0.5)
+
+
 def _once(strategy: Strategy, local: Local) -> tuple[Tree, Tree]:
     """The report of a client that counts once, whatever it holds."""
     return strategy.report(local._replace(num_examples=local.num_examples * 0 + 1))
 
 
 def _values(summand: Tree) -> Tree:
-    return {k: v for k, v in summand.items() if k not in ("weight", "within")}
+    return {k: v for k, v in summand.items() if k not in EXTRAS}
 
 
 def _secret(seed: int, key: bytes | None) -> bytes:

@@ -5,13 +5,16 @@ import json
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from hub import Hub
+from pydantic import ValidationError
 
 from fedtailor import proposal, seals
 from fedtailor.client.plans import Approval, approves, refuse_unless_approved
 from fedtailor.config import load
 from fedtailor.errors import ConfigError, RefusedError, StoreError
+from fedtailor.leaving import Tensor
 from fedtailor.policy import Policy
 from fedtailor.privacy.planning import resolve
+from fedtailor.study import Plan
 
 PLAN = resolve(load(["study=heart", "sites=[a,b]", "quorum=1", "rounds=3"]).plan)
 POLICY = Policy(studies=("heart",), epsilon=8.0, delta=1e-4)
@@ -201,3 +204,27 @@ def test_a_plan_that_is_not_there_is_named(book, word):
     known = book.take(HUB.visit(HUB.propose(PLAN)))
     with pytest.raises(ConfigError, match=known.digest[:12]):
         book.find(word)
+
+
+def test_numbers_of_which_nothing_can_be_made_are_a_refusal_and_no_crash(book):
+    """A signed proposal's plan is the coordinator's: what leaves need not even have been worked out there."""
+    honest = resolve(load(["study=heart", "sites=[a,b]", "quorum=1", "privacy=none", "recipe=heart_mlp"]).plan)
+    recipe = honest.recipe.model_dump(by_alias=True) | {"hidden": 10**30}  # no torch tensor has such a size
+    of = HUB.propose(honest)
+    hostile = of.model_copy(update={"plan": Plan.model_validate(honest.model_dump(by_alias=True) | {"recipe": recipe})})
+    assert refused(book, hostile) == "plan" and list(book.all()) == []
+
+
+@pytest.mark.parametrize(
+    "beyond",
+    [{"rounds": 10**6}, {"local": {"steps": 10**9, "rate": 0.1, "lr": 1}}, {"sites": [f"s{i}" for i in range(10_001)]}],
+)
+def test_a_plan_whose_cost_could_not_be_worked_out_is_none(beyond):
+    with pytest.raises(ValidationError):
+        Plan.model_validate(PLAN.model_dump(by_alias=True) | beyond)
+
+
+@pytest.mark.parametrize("bad", [{"dtype": "load"}, {"dtype": "nope"}, {"shape": (2**41,)}, {"shape": (1,) * 17}])
+def test_a_list_of_what_leaves_names_tensors_that_there_are(bad):
+    with pytest.raises(ValidationError):
+        Tensor.model_validate({"name": "w", "dtype": "float32", "shape": (1,)} | bad)

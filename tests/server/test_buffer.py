@@ -118,5 +118,9 @@ def test_a_buffer_must_hold_the_quorum_and_go_round_a_sum():
             load([*base, f"buffer={{answers: {answers}}}"])
     with pytest.raises(ConfigError, match="buffer: a late answer counts less"):
         resolve(load([*base, "buffer={answers: 2}", "strategy=median"]).plan)
+    for remembers in ("scaffold", "topk"):
+        with pytest.raises(ConfigError, match="buffer: .*as if it had counted whole"):
+            resolve(load([*base, "buffer={answers: 2}", f"strategy={remembers}"]).plan)
+    resolve(load([*base, "buffer={answers: 2}", "strategy=ditto"]).plan)  # what it remembers is its own
     plan = resolve(load([*base, "buffer={answers: 2}"]).plan)
     assert Plan.parse(plan.canonical()) == plan and plan.buffer.weight(3) == 0.5

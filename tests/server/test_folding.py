@@ -186,3 +186,22 @@ def test_what_is_private_is_noised_before_it_is_rounded(tmp_path):
         closed = folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {}), strategy=strategy)
         advance(plan, strategy, lambda: {"params": {"w": torch.zeros(2)}}, closed, VISIT.round, tree.unflatten(SUMMAND))
         assert set(seen[-1].values()) == {dtype}
+
+
+@pytest.mark.parametrize(
+    ("changed", "code"),
+    [
+        ({}, None),
+        ({"delta/w": torch.tensor([0.6, 0.9])}, "norm"),
+        ({"weight": torch.tensor(2.0)}, "norm"),
+        ({"within": torch.tensor(-900.0)}, "norm"),
+    ],
+)
+def test_a_private_answer_beyond_the_rounds_clip_does_not_count(tmp_path, changed, code):
+    """One site could else move the next clip, and with it the noise, by as much as it likes."""
+    good = {"delta/w": torch.tensor([0.6, 0.8]), "weight": torch.tensor(1.0), "within": torch.tensor(0.5)}
+    tensors = tuple(Tensor(name=n, dtype="float32", shape=tuple(x.shape)) for n, x in good.items())
+    leaves = Leaving(tensors=tensors, metrics=(), norm=1000.0, bytes=10_000)
+    told = []
+    close_round(strategies.fedavg(), VISIT, leaves, stream(tmp_path, ("a", good | changed, {})), told.append, clip=1.0)
+    assert [answer.code for answer in told] == [code]

@@ -33,6 +33,17 @@ def test_each_reply_becomes_the_mean_of_its_nearest(passed_on):
     assert mixed == pytest.approx([15 / 4, 15 / 4, 15 / 4, 15 / 4, 65 / 4])
 
 
+def test_by_direction_a_short_lie_is_near_to_nobody(passed_on):
+    """Three replies up and to the sides, and their mean turned round, which by distance is nearer than they are."""
+    replies = [[4.0, 1.0], [4.0, -3.0], [3.0, 3.0], [-0.5, -0.1], [0.0, 0.0]]
+
+    def first(**how):
+        return passed_on(lambda of: nnm(of, attackers=2, **how), replies)[2]
+
+    assert first(nearest="direction") == pytest.approx([11 / 3, 1 / 3])
+    assert first() == pytest.approx([7 / 3, 4 / 3])  # with (0, 0) in the place of (4, -3)
+
+
 def test_mixing_draws_honest_replies_together(passed_on):
     rng = torch.Generator().manual_seed(0)
     honest = torch.randn(15, 30, generator=rng)

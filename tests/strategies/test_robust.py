@@ -17,7 +17,7 @@ ATTACKS = {
 
 
 def test_it_is_bounded_mixed_and_trimmed(end):
-    composed = norm_bound(nnm(trimmed_mean(attackers=2), attackers=2))
+    composed = norm_bound(nnm(trimmed_mean(attackers=2), attackers=2, nearest="direction"))
     replies = [*HONEST[:7].tolist(), *(9 * HONEST[7:9]).tolist()]
     assert end(robust(attackers=2), replies) == end(composed, replies)
 
