@@ -179,6 +179,7 @@ class Daemon:
                 except ConnectionFailed as error:
                     self._failed(str(error))
                     self.stop.wait(1.0)
+                    break  # in order: the work of a later round would forget this answer, and could not make it again
                 except Exception as error:  # a full disk, say: the message stays in the inbox
                     if self.stop.is_set():
                         return

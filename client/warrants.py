@@ -16,8 +16,8 @@ def check(visit: Visit, known: Known, policy: Policy, signer: Public, own: Publi
     Raises:
         RefusedError: ``seal`` where the coordinator did not sign the visit; ``rounds`` beyond the plan; ``replayed``
             where a round comes again with another model, or after a later one; ``split`` where other sites were shown
-            another model; ``cohort`` where too few sites witness the round before; ``receipt`` or ``ledger-head``
-            where one does not verify; ``rolled-back`` where this site's ledger is an older copy.
+            another model; ``cohort`` where too few sites witness the one of this site's turn before; ``receipt``
+            or ``ledger-head`` where one does not verify; ``rolled-back`` where this site's ledger is an older copy.
     """
     if not genuine(signer, "visit", visit.sealed(), visit.seal):
         raise RefusedError("the visit is not signed by the coordinator", code="seal")
@@ -28,15 +28,15 @@ def check(visit: Visit, known: Known, policy: Policy, signer: Public, own: Publi
         raise RefusedError(f"round {visit.round} comes after round {max(casts)}", code="replayed")
     if casts.get(visit.round, visit.cast_sha256) != visit.cast_sha256:
         raise RefusedError(f"round {visit.round} comes again with another model", code="replayed")
-    if visit.round:
-        _witnesses(visit, known, policy, casts)
-    _receipt(visit, known, signer, own)
+    site = next(member.site for member in known.proposal.roster if member.key == spelled(own))
+    if (before := plan.previous(site, visit.round)) is not None:
+        _witnesses(visit, known, policy, casts, before)
+    _receipt(visit, known, signer, site)
     _head(visit, own, ledger)
 
 
-def _witnesses(visit: Visit, known: Known, policy: Policy, casts: dict[int, str]) -> None:
-    """The round before must have been one round: enough sites, all of which were shown one model."""
-    before = visit.round - 1
+def _witnesses(visit: Visit, known: Known, policy: Policy, casts: dict[int, str], before: int) -> None:
+    """Round ``before``, this site's last turn, must have been one round: enough sites, all of which saw one model."""
     if visit.before is None or casts.get(before, visit.before) != visit.before:
         raise RefusedError(f"round {before} had another model for this site than for the others", code="split")
     text = witnessed(visit.run, before, visit.before)
@@ -52,12 +52,11 @@ def _witnesses(visit: Visit, known: Known, policy: Policy, casts: dict[int, str]
         )
 
 
-def _receipt(visit: Visit, known: Known, signer: Public, own: Public) -> None:
+def _receipt(visit: Visit, known: Known, signer: Public, site: str) -> None:
     """A receipt is for this site's own answer, as it was sent."""
     receipt = visit.receipt
     if receipt is None:
         return
-    site = next(member.site for member in known.proposal.roster if member.key == spelled(own))
     answered, buffer = known.answers(), known.proposal.plan.buffer
     late = 0 if buffer is None else buffer.oldest  # an answer may count in a later round
     rounds = [round for round in answered if 0 <= receipt.round - round <= late]

@@ -211,6 +211,11 @@ class Plan(Frozen):
         """The sites whose turn it is to train in a round."""
         return tuple(site for place, site in enumerate(self.sites) if (place - round) % self.turns() == 0)
 
+    def previous(self, site: Name, round: int) -> int | None:
+        """The last round before ``round`` in which it is a site's turn to train; None where there is none."""
+        before = round - 1 - (round - 1 - self.sites.index(site)) % self.turns()
+        return before if before >= 0 else None
+
     def canonical(self) -> str:
         """The plan as text: equal plans give equal bytes."""
         return json.dumps(

@@ -22,7 +22,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedtailor import leaving, store, tree, wire
 from fedtailor import recipe as recipes
 from fedtailor.config import Experiment, build, load
-from fedtailor.errors import ConnectionFailed
+from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
@@ -47,8 +47,15 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
-    """Run the study over ``grid`` and write its run folder."""
+    """Run the study over ``grid`` and write its run folder.
+
+    Raises:
+        ConfigError: code ``config``, if its rounds do not wait for all sites; code ``quorum`` or ``diverged``.
+    """
     began, plan = time.monotonic(), resolve(experiment.plan)
+    if plan.buffer is not None:
+        asked = f"buffer: {plan.buffer.answers} answers close a round"
+        raise ConfigError(f"{asked}; under flwr run every round waits for all sites: buffer=null, or a deployment")
     recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan, os.urandom(32))
     start = recipes.initial(recipe, plan.seed)
     state, like, progress = strategy.init(start), leaving.summand(plan, strategy, start), Progress()

@@ -27,6 +27,7 @@ from fedtailor.server import renewal, roster, withdrawals
 from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
+from fedtailor.server.noise import forget
 from fedtailor.server.runs import DONE, Run
 from fedtailor.server.studies import execute, propose
 from fedtailor.server.superlink import SuperLink
@@ -76,10 +77,7 @@ class Coordinator:
             gate = Gate(self.home, self.superlink.admit)
             gate.look()
             renewal.renew(self.home)
-            waiting: list[Run] = []
-            for status in sorted((run.status() for run in self._runs()), key=lambda s: s.run):
-                if status.status not in DONE:
-                    waiting.append(Run(self.home.studies / status.run))
+            waiting = self._waiting()
             app = gated(public(self.superlink.app, self.bell), gate)
             beside = functools.partial(renewal.keep_renewed, self.home)
             self.server = serve(app, self.config.host, self.config.port, self.home.tls, beside)
@@ -123,6 +121,16 @@ class Coordinator:
 
     def _runs(self) -> list[Run]:
         return [Run(folder) for folder in self.home.studies.iterdir() if (folder / "plan.json").exists()]
+
+    def _waiting(self) -> list[Run]:
+        """The runs that are not over, the oldest first. A completed one may not have forgotten its noise yet: it does."""
+        waiting = []
+        for run in sorted(self._runs(), key=lambda run: run.name):
+            if (status := run.status().status) not in DONE:
+                waiting.append(run)
+            elif status == "completed":
+                forget(run)
+        return waiting
 
     def _run(self, name: str) -> Run:
         run = Run(self.home.studies / name)

@@ -64,7 +64,7 @@ def close_round(
                 if visit.train:
                     acc = fold(strategy.reduce, acc, summand)
                 del summand  # what was packed is whole in memory
-                closed.reports[answer.site] = answer.report
+                closed.reports[answer.site] = _listed(answer.report, leaves)
                 closed.received[answer.site] = answer.size
             except WireError as error:
                 code = error.code
@@ -73,6 +73,11 @@ def close_round(
             closed.dropped[answer.site] = code
         on_answer(answer._replace(code=code))
     return closed._replace(acc=whole(strategy.reduce, acc))
+
+
+def _listed(report: Report, leaves: Leaving) -> Report:
+    """A report without the metrics of a model of the site's own, where the strategy gives it none."""
+    return report if leaves.models == 2 else report.model_copy(update={"personal": None})
 
 
 def discounted(summand: Mapping[str, Tensor], buffer: Buffer | None, late: int) -> dict[str, Tensor]:

@@ -31,18 +31,21 @@ class Progress(NamedTuple):
     work_s: tuple[float, ...] = ()  # the slowest site's own work in each round
     wall_s: float = 0.0
     sites: dict[str, dict[str, Any]] = {}  # name -> rows, epsilon, bytes, personal, baseline
-    last: Any = None  # of the round before: fedtailor.server.vouching.Last
+    last: Any = None  # of the last rounds, one for each of the plan's turns: fedtailor.server.vouching.Last
     inside: tuple[str, ...] = ()  # sites whose answers are in the model
 
 
 def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: float | None) -> Progress:
     """Add what a visit brought to the run's record. ``seconds``: of a round that trained."""
     sites = {name: dict(known) for name, known in progress.sites.items()}
+    if seconds is None:  # the final visit: what a site measured before was of another model
+        for site in sites.values():
+            site.pop("personal", None)
     for name, report in closed.reports.items():
         site = sites.setdefault(name, {"bytes_sent": 0, "bytes_received": 0})
         site |= {"rows": report.rows, "train_rows": report.train_rows, "epsilon": report.epsilon}
         site["bytes_sent"] += closed.received[name]
-        measured = {"personal": report.personal, "baseline": report.baseline}
+        measured = {"personal": report.personal if report.round == round else None, "baseline": report.baseline}
         site |= {which: metrics for which, metrics in measured.items() if metrics is not None}
     for name, size in closed.sent.items():
         sites.setdefault(name, {"bytes_sent": 0, "bytes_received": 0})["bytes_received"] += size

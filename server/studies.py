@@ -23,6 +23,7 @@ from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting, Tour
+from fedtailor.server.vouching import lasts_from
 from fedtailor.strategy import model_in
 
 log = logging.getLogger("fedtailor.server")
@@ -108,7 +109,8 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
             progress = noted(progress, plan, closed, progress.round, seconds)
             state = advance(plan, strategy, tour.state, closed, progress.round, like)
             wall_s = before + time.monotonic() - began
-            progress = progress._replace(round=progress.round + 1, wall_s=wall_s, last=last)
+            lasts = (*lasts_from(progress.last), last)[-plan.turns() :]
+            progress = progress._replace(round=progress.round + 1, wall_s=wall_s, last=lasts)
             run.save(state, progress, plan.digest())
             releasing(run, plan, progress.round)
             del closed, state
@@ -134,7 +136,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     config_yaml = (run.folder / "config.yaml").read_text()
     write_run(run.folder, result=result, plan=plan, params=params, config_yaml=config_yaml)
     events.emit("finished", run=run.name, status=status, round=progress.round)
+    run.write_status(status, progress.round)  # after the events: who watches takes it for their end
     if status == "completed":
-        forget(run)
-    run.write_status(status, progress.round)  # last: who watches takes it for the end of the events
+        forget(run)  # after the status: until that is written, the run may be taken up again, and needs its key
     return progress

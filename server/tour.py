@@ -18,7 +18,7 @@ from fedtailor.server.record import Progress
 from fedtailor.server.rounds import Answer, Flag, Standing, answers
 from fedtailor.server.runs import Run
 from fedtailor.server.superlink import SuperLink
-from fedtailor.server.vouching import Heads, Last, Vouch, last_from, last_of
+from fedtailor.server.vouching import Heads, Last, Vouch, last_of, lasts_from
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
@@ -89,7 +89,7 @@ class Tour:
         stop = _Either(self.setting.halt, self.setting.stop)
         while not stop.is_set():
             undecided = tuple(site for site in plan.sites if site not in agreed and site not in refused)
-            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, None, stop, {}):
+            for answer in self._ask(undecided, self._visit(0), lambda: NOTHING, PROPOSAL_S, (), stop, {}):
                 if answer.path is not None:
                     answer.path.unlink(missing_ok=True)
                 if answer.code in ("late", "away"):
@@ -116,7 +116,7 @@ class Tour:
         return False
 
     def visit(self, progress: Progress, *, train: bool) -> tuple[Closed, float, Last]:
-        """Ask every site once; returns what came, the seconds it took, and what to show of it in the next."""
+        """Ask every site once; returns what came, the seconds it took, and what to show of it later."""
         began, plan, round = time.monotonic(), self.plan, progress.round
         made = [self._cast()]  # for the first push; whoever joins later is sent it made anew
         evaluate = not train or round % plan.evaluation.every == 0
@@ -130,7 +130,7 @@ class Tour:
             visit,
             lambda: made.pop() if made else self._cast(),
             plan.deadline_s,
-            last_from(progress.last),
+            lasts_from(progress.last),
             _Either(self.setting.halt, self.setting.stop) if train else self.setting.halt,
             sent,
         )
@@ -170,13 +170,13 @@ class Tour:
         visit: Visit,
         cast: Callable[[], bytes],
         deadline_s: float,
-        last: Last | None,
+        lasts: tuple[Last, ...],
         stop: Flag,
         sent: dict[str, int],
     ) -> Iterator[Answer]:
         """Send a visit to sites and yield their answers, until ``stop``; ``sent`` counts the bytes that each was sent."""
         buffered = visit.train and self.plan.buffer is not None
-        setting, shown = self.setting, self.vouch.visits(visit, last)
+        setting, shown = self.setting, self.vouch.visits(visit, lasts)
 
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
             payload = cast()

@@ -1,6 +1,7 @@
 """What the coordinator shows its sites, so that they need not trust it: signed visits, witnesses, receipts, ledger heads."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from fedtailor.wire import Report, Visit
 
 
 class Last(NamedTuple):
-    """What is kept of a closed round, to be shown in the next."""
+    """What is kept of a closed round, to be shown to a site that is asked the next time."""
 
     round: int
     cast_sha256: str
@@ -55,22 +56,27 @@ class Vouch:
         self.keys = {member.site: seals.public(member.key) for member in proposal.roster}
         self.digest = proposal.digest()
 
-    def visits(self, visit: Visit, last: Last | None) -> dict[str, Visit]:
-        """``visit`` as each site is sent it."""
+    def visits(self, visit: Visit, lasts: Sequence[Last]) -> dict[str, Visit]:
+        """``visit`` as each site is sent it, with what is kept of the round of its turn before."""
         shown: dict[str, object] = {"proposal": self.signed, "seal": seals.sign(self.key, "visit", visit.sealed())}
-        given: dict[str, receipts.Receipt] = {}
-        if last is not None:
-            shown |= {"before": last.cast_sha256, "witnesses": last.witnesses}
-            heads = {site: head for site in self.keys if (head := self._head(site)) is not None}
-            leaves = [Leaf(*leaf) for leaf in last.leaves]
-            given = receipts.receipts(self.proposal.run, self.digest, last.round, leaves, heads)
+        heads = {site: head for site in self.keys if (head := self._head(site)) is not None}
+        by_round = {last.round: (last, self._receipts(last, heads)) for last in lasts}
         made = {}
         for site in self.keys:
-            own: dict[str, object] = {"head": self._head(site)}
-            if site in given:
-                own |= {"receipt": given[site], "receipt_seal": seals.sign(self.key, "receipt", given[site].text())}
+            own: dict[str, object] = {"head": heads.get(site)}
+            before = self.proposal.plan.previous(site, visit.round)
+            if before is not None and before in by_round:
+                last, given = by_round[before]
+                own |= {"before": last.cast_sha256, "witnesses": last.witnesses}
+                if site in given:
+                    own |= {"receipt": given[site], "receipt_seal": seals.sign(self.key, "receipt", given[site].text())}
             made[site] = visit.model_copy(update=shown | own)
         return made
+
+    def _receipts(self, last: Last, heads: dict[str, Head]) -> dict[str, receipts.Receipt]:
+        return receipts.receipts(
+            self.proposal.run, self.digest, last.round, [Leaf(*leaf) for leaf in last.leaves], heads
+        )
 
     def check(self, site: str, report: Report, visit: Visit) -> None:
         """A report must carry its site's witness of what was cast, and a ledger head that the site signed.
@@ -101,9 +107,11 @@ def last_of(visit: Visit, reports: dict[str, Report]) -> Last:
     return Last(visit.round, visit.cast_sha256, witnesses, tuple((s, r.summand_sha256, r.salt) for s, r in ordered))
 
 
-def last_from(raw: object) -> Last | None:
-    """What :func:`last_of` made, as it comes from a checkpoint's JSON."""
-    if not raw:
-        return None
-    round, cast, witnesses, leaves = json.loads(json.dumps(raw))
-    return Last(round, cast, witnesses, tuple((a, b, c) for a, b, c in leaves))
+def lasts_from(raw: object) -> tuple[Last, ...]:
+    """What :func:`last_of` made in some rounds, as it comes from a checkpoint's JSON; older ones hold that of one round."""
+    rows = json.loads(json.dumps(raw or []))
+    if rows and isinstance(rows[0], int):
+        rows = [rows]
+    return tuple(
+        Last(round, cast, witnesses, tuple((a, b, c) for a, b, c in leaves)) for round, cast, witnesses, leaves in rows
+    )

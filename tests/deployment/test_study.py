@@ -55,6 +55,16 @@ def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy
             )
 
 
+def test_sites_that_take_turns_have_receipts_of_all_their_rounds(deployment):
+    """Each compares with, and is given a receipt of, the round of its own turn before."""
+    run = deployment.submit(deployment.plan("privacy=site", "privacy.correlated={separation: 2, window: 2}", "quorum=1",
+                                            "privacy.noise_multiplier=1.0", "rounds=4", "local.steps=2"))  # fmt: skip
+    assert deployment.finish(run)["dropped"] == []
+    for place, site in enumerate(deployment.sites):
+        kept = deployment.site_home(site) / "state" / "plans" / run / "receipts"
+        assert sorted(path.stem for path in kept.iterdir()) == [f"{place:06d}", f"{place + 2:06d}"]
+
+
 def test_a_slow_site_does_not_hold_up_the_others_and_counts_later(deployment):
     """Rounds close on one answer; a site that is stopped for a while answers an old round when it goes on."""
     slow = deployment.plan("privacy=none", "rounds=12", "quorum=1", "buffer={answers: 1, oldest: 12}",

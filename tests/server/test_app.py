@@ -117,3 +117,10 @@ def test_sites_that_fail_end_the_run(tmp_path):
     ]
     with pytest.raises(ConfigError, match="quorum"):
         run(grid, experiment, tmp_path)
+
+
+def test_rounds_that_do_not_wait_for_all_are_refused_before_anything_is_asked(tmp_path):
+    experiment = load(["study=heart", "privacy=none", "quorum=2", "buffer={answers: 2}"])
+    with pytest.raises(ConfigError, match="buffer=null, or a deployment"):
+        run(None, experiment, tmp_path)
+    assert list(tmp_path.iterdir()) == []

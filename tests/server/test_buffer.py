@@ -98,6 +98,17 @@ def test_the_fold_checks_a_late_answer_against_its_own_round(world, tmp_path):
     assert last.witnesses == {} and [leaf[0] for leaf in last.leaves] == [late]
 
 
+def test_figures_of_a_sites_own_model_count_only_where_the_strategy_gives_it_one(world):
+    for models, kept in ((1, None), (2, {"auroc": 0.9})):
+        it = world("a")
+        leaves = it.leaves().model_copy(update={"models": models})
+        it.on_push = lambda site, question, it=it: it.answer(
+            question, personal={"auroc": 0.9}, summand_sha256=it.digest()
+        )
+        closed = close_round(strategies.fedavg(), VISIT, leaves, it.ask(), lambda answer: None)
+        assert closed.reports["a"].personal == kept
+
+
 def test_a_buffer_must_hold_the_quorum_and_go_round_a_sum():
     base = ["study=heart", "privacy=none", "quorum=2"]
     for answers in (1, 5):

@@ -17,13 +17,15 @@ from fedtailor.errors import StoreError
 from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.server import studies
+from fedtailor.server.coordinator import Coordinator
 from fedtailor.server.folding import Closed
+from fedtailor.server.home import Home, ServerConfig
 from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress
 from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting
-from fedtailor.server.vouching import Last
-from fedtailor.study import Plan
+from fedtailor.server.vouching import Last, lasts_from
+from fedtailor.study import CorrelatedNoise, Plan
 from fedtailor.wire import Visit
 
 PLAN = resolve(load(["study=heart", "privacy=site", "rounds=3", "evaluation.baseline=false"]).plan)
@@ -209,3 +211,38 @@ def test_the_result_states_what_was_spent(tmp_path, beside):
     assert result["privacy"]["unit"] == "site" and 7.9 < result["privacy"]["epsilon_max"] <= 8.0
     assert {site["epsilon"] for site in result["sites"].values()} == {result["privacy"]["epsilon_max"]}
     assert "noise" not in (run.folder / "events.jsonl").read_text()
+
+
+def test_a_crash_between_a_runs_end_and_its_key_does_not_fail_it(tmp_path, beside, monkeypatch):
+    """Killed before the status was written, it is taken up again; killed after, the next start forgets the key."""
+    run, write = made(tmp_path), Run.write_status
+
+    def killed(self, status, round, detail=""):
+        if status == "completed":
+            raise RuntimeError("killed")
+        write(self, status, round, detail)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "write_status", killed)
+        assert executed(run) == "failed"
+    with monkeypatch.context() as patch:
+        patch.setattr(studies, "forget", lambda run: None)
+        assert executed(run) == "completed" and (run.folder / "noise.json").exists()
+    home = Home(tmp_path / "home")
+    home.init(ServerConfig(name="test", port=1234, hosts=("127.0.0.1",)))
+    left, other = home.studies / run.name, made(home.studies)
+    run.folder.rename(left)
+    noise_key(other, PLAN)
+    assert [one.name for one in Coordinator(home.folder)._waiting()] == [other.name]
+    assert not (left / "noise.json").exists() and (other.folder / "noise.json").exists()
+
+
+def test_what_is_shown_later_is_kept_for_as_many_rounds_as_sites_wait_for_their_turn(tmp_path, beside):
+    for turns in (1, 2):
+        correlated = CorrelatedNoise(separation=2, window=2) if turns == 2 else None
+        privacy = PLAN.site.model_copy(update={"noise_multiplier": 1.0, "correlated": correlated})
+        plan = PLAN.model_copy(update={"quorum": 2, "privacy": privacy})
+        run = made(tmp_path / str(turns), plan)
+        assert executed(run) == "completed"
+        _, progress = run.load(plan.digest())
+        assert [last.round for last in lasts_from(progress.last)] == [[2], [1, 2]][turns - 1]

@@ -176,6 +176,21 @@ def test_the_record_adds_up_what_rounds_brought():
     assert result.sites["b"].metrics["local_only"] == {} and result.sites["a"].bytes_received == 14
 
 
+def test_a_sites_own_model_counts_with_its_last_figure_only():
+    """An answer to an earlier round, and a site that misses the final visit, say nothing of the model at the end."""
+    first = {"a": report(personal={"auroc": 0.7}), "b": report(personal={"auroc": 0.6})}
+    sizes = {"a": 1, "b": 1}
+    record = noted(Progress(), PLAN, Closed(None, first, {}, sizes, {}), 0, 1.0)
+    late = {"a": report(personal={"auroc": 0.1})}
+    record = noted(record, PLAN, Closed(None, late, {}, sizes, {}), 1, 1.0)
+    assert {name: site["personal"] for name, site in record.sites.items()} == {"a": {"auroc": 0.7}, "b": {"auroc": 0.6}}
+    last = {"a": report(round=2, personal={"auroc": 0.9})}
+    final = noted(record, PLAN, Closed(None, last, {"b": "late"}, sizes, {}), 2, None)
+    assert final.sites["a"]["personal"] == {"auroc": 0.9} and "personal" not in final.sites["b"]
+    result = result_of(PLAN, final, STATE["params"], status="completed", setup_s=0.0, transport=None)
+    assert result.metrics["personal"] == {"auroc": 0.9} and result.sites["b"].metrics["personal"] == {}
+
+
 # --- the home ---
 
 
