@@ -28,6 +28,9 @@ class Payload(Mapping[str, Tensor]):
             found: Tensor = file.get_tensor(name)
         return found
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

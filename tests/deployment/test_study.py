@@ -29,7 +29,9 @@ def command(*arguments):
         "fedavg",
         "scaffold",
         "ditto recipe.model=mlp norm=null",
-        "flower strategy.algorithm=FedAvgM 'strategy.arguments={server_momentum: 0.9}'",
+        pytest.param(
+            "flower strategy.algorithm=FedAvgM 'strategy.arguments={server_momentum: 0.9}'", marks=pytest.mark.slow
+        ),
         pytest.param("qfedavg", marks=pytest.mark.slow),
         pytest.param("quantise 'strategy.of={name: centred_clipping, radius: 2}'", marks=pytest.mark.slow),
     ],

@@ -204,4 +204,7 @@ def test_a_private_answer_beyond_the_rounds_clip_does_not_count(tmp_path, change
     leaves = Leaving(tensors=tensors, metrics=(), norm=1000.0, bytes=10_000)
     told = []
     close_round(strategies.fedavg(), VISIT, leaves, stream(tmp_path, ("a", good | changed, {})), told.append, clip=1.0)
-    assert [answer.code for answer in told] == [code]
+    fixed = {name: x for name, x in (good | changed).items() if name != "within"}
+    bare = leaves.model_copy(update={"tensors": tensors[:2]})
+    close_round(strategies.fedavg(), VISIT, bare, stream(tmp_path, ("b", fixed, {})), told.append, clip=1.0)
+    assert [answer.code for answer in told] == [code, None if "within" in changed else code]
