@@ -8,7 +8,7 @@ from fedtailor.datasets import heart_disease
 from fedtailor.simulations.run import simulate
 from fedtailor.tree import norm
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 
 def test_packed_answers_save_bytes_and_the_model_is_the_simulators(deployment):

@@ -9,7 +9,7 @@ import yaml
 from fedtailor import control, plugins
 from fedtailor.errors import RefusedError
 
-pytestmark = pytest.mark.deployment
+pytestmark = [pytest.mark.deployment, pytest.mark.slow]
 
 
 @pytest.fixture

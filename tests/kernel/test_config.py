@@ -48,7 +48,7 @@ def test_a_plan_survives_its_canonical_text():
         ("+momentum=0.9", ["momentum"]),
         ("+local.stepz=3", ["local.stepz"]),
         ("roundz=3", ["roundz"]),
-        ("rounds=0", ["rounds", "greater than 0", "got 0"]),
+        ("rounds=0", ["rounds", "greater than or equal to 1", "got 0"]),
         ("rounds=many", ["rounds", "integer", "many"]),
         ("local.rate=1.5", ["local.rate", "1.5"]),
         ("privacy.delta=0.5", ["privacy.delta", "0.5"]),
