@@ -43,7 +43,8 @@ def test_a_site_is_invited_asks_is_compared_approved_and_at_work(deployment, com
     assert code == 0 and json.loads(text)["invitation"] == str(out) and out.stat().st_mode & 0o777 == 0o600
     rows = listed()
     assert rows["hungary"]["state"] == "invited" and rows["hungary"]["connected"] is None
-    assert (rows["va"]["state"], rows["va"]["connected"]) == ("admitted", True)
+    assert rows["va"]["state"] == "admitted"
+    deployment.until(lambda: listed()["va"]["connected"], 60, "va is back")  # other tests may have cut it off just now
     join = ["client", "join", f"https://127.0.0.1:{deployment.port}", "--invitation", "-", "--home", home, "--json"]
     settings = ["--data", data, "--study", "heart", "--epsilon", "3"]
     code, text, err = command(*join, *settings, "--no-wait", answer=f"pasted:\n{out.read_text()}")
