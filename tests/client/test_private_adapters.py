@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draws import Everybody, Recorded
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -43,36 +44,6 @@ def plan(steps=4, rate=0.3, lr=0.1):
     return Plan(study="s", rounds=1, sites=("a",), quorum=1, deadline_s=1, strategy=Spec(_target_="s"),
                 recipe=Spec(_target_="r"), local=LocalTraining(steps=steps, rate=rate, lr=lr),
                 privacy=RecordPrivacy(epsilon=3, delta=1e-5, clip=CLIP))  # fmt: skip
-
-
-class Recorded(Csprng):
-    """Draws as the real source does, and keeps what it drew."""
-
-    def __init__(self, key):
-        super().__init__(key)
-        self.masks, self.noises = [], []
-
-    def derive(self, purpose):
-        return self
-
-    def bernoulli_mask(self, count, rate):
-        self.masks.append(super().bernoulli_mask(count, rate))
-        return self.masks[-1]
-
-    def add_normal(self, x, std):
-        out = super().add_normal(x, std)
-        self.noises.append(out - x)
-        return out
-
-
-class Everybody(Csprng):
-    """Every example in every batch; no noise where the multiplier is 0."""
-
-    def derive(self, purpose):
-        return self
-
-    def bernoulli_mask(self, count, rate):
-        return torch.ones(count).bool()
 
 
 @pytest.fixture

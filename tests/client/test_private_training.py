@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from draws import Everybody, Recorded
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -48,36 +49,6 @@ def plan(steps=4, rate=0.2, lr=0.1, clip=CLIP):
 def part():
     g = torch.Generator().manual_seed(0)
     return Part(torch.randn(N, D, generator=g) * 3, (torch.rand(N, generator=g) < 0.5).float())
-
-
-class Recorded(Csprng):
-    """Draws as the real source does, and keeps what it drew."""
-
-    def __init__(self, key):
-        super().__init__(key)
-        self.masks, self.noises = [], []
-
-    def derive(self, purpose):
-        return self
-
-    def bernoulli_mask(self, count, rate):
-        self.masks.append(super().bernoulli_mask(count, rate))
-        return self.masks[-1]
-
-    def add_normal(self, x, std):
-        out = super().add_normal(x, std)
-        self.noises.append(out - x)
-        return out
-
-
-class Zero(Csprng):
-    """Every example in every batch, and no noise."""
-
-    def derive(self, purpose):
-        return self
-
-    def bernoulli_mask(self, count, rate):
-        return torch.ones(count).bool()
 
 
 GRADIENTS = Strategy(  # reports what training changed, not weighted
@@ -135,8 +106,8 @@ def test_one_record_shifts_the_sum_by_at_most_the_clip(value, rec, part):
     without = Part(torch.cat([part.x[:5], part.x[6:]]), torch.cat([part.y[:5], part.y[6:]]))
     y = part.y.clone()
     y[5] = 1.0
-    a = release(Part(x, y), Zero(KEY), 0.0, rec=rec, the_plan=the_plan)
-    b = release(without, Zero(KEY), 0.0, rec=rec, the_plan=the_plan)
+    a = release(Part(x, y), Everybody(KEY), 0.0, rec=rec, the_plan=the_plan)
+    b = release(without, Everybody(KEY), 0.0, rec=rec, the_plan=the_plan)
     shift = tree.norm(tree.map(lambda p, q: p * N - q * (N - 1), a, b)).item()
     assert math.isfinite(shift) and shift <= CLIP * (1 + 1e-5) + 1e-5
     if value == 1e3 * CLIP and rec is LINEAR:
@@ -173,7 +144,7 @@ def test_records_cannot_be_read_off_the_update_of_a_linear_layer():
         w, b = out["0.weight"].diff(dim=0), out["0.bias"].diff()
         return torch.cosine_similarity((w / b[:, None])[:, None], x[None], dim=-1).nan_to_num(0).abs().amax(0)
 
-    assert (found(Zero(KEY), 0.0) > 0.95).sum() >= 4  # clipping alone does not stop it
+    assert (found(Everybody(KEY), 0.0) > 0.95).sum() >= 4  # clipping alone does not stop it
     assert (found(Csprng(KEY), 0.4) > 0.95).sum() == 0
 
 
@@ -252,7 +223,7 @@ def test_mixing_breaks_the_bound_that_the_gate_protects():
     sums = []
     for outlier in (-1e4, 1e4):
         x[0] = outlier
-        sums.append(release(Part(x, torch.zeros(N)), Zero(KEY), 0.0, rec=rec, the_plan=the_plan)["1.weight"] * N)
+        sums.append(release(Part(x, torch.zeros(N)), Everybody(KEY), 0.0, rec=rec, the_plan=the_plan)["1.weight"] * N)
     assert (sums[0] - sums[1]).norm() > 50 * 2 * CLIP
     with pytest.raises(ConfigError):
         check_private(rec, Part(x, torch.zeros(N)))
