@@ -11,7 +11,6 @@ from fedtailor import leaving, tree
 from fedtailor import recipe as recipes
 from fedtailor.baseline import train_alone
 from fedtailor.batches import choices, draw, pack
-from fedtailor.client.private_training import check_private, private_train
 from fedtailor.config import build
 from fedtailor.errors import RefusedError
 from fedtailor.privacy.csprng import Csprng
@@ -56,8 +55,7 @@ def perform(
     """
     began = time.monotonic()
     plan, recipe, strategy = prepared(visit.plan)
-    with torch.device("meta"):  # shapes only
-        expected = strategy.broadcast(strategy.init(recipes.shapes(recipe)))
+    expected = leaving.followed(recipe, lambda params: strategy.broadcast(strategy.init(params)))
     leaving.check(tree.flatten(cast), leaving.spec_of(expected))
     leaving.plausible(tree.flatten(cast))
     report = Report(run=visit.run, round=visit.round, rows=data.rows, train_rows=len(data.train.y),
@@ -87,6 +85,8 @@ def perform(
         else:
             if key is None or plan.record.noise_multiplier is None:
                 raise RefusedError("a private study needs a key from the ledger", code="ledger")
+            from fedtailor.client.private_training import check_private, private_train  # Opacus: nearly a second
+
             check_private(recipe, data.train)
             noise = plan.record.noise_multiplier
             summand, memory = private_train(

@@ -7,6 +7,8 @@ the Poisson-sampled Gaussian both relations have the same privacy loss, so the f
 
 No amplification is claimed for the choice of sites: the coordinator knows who takes part.
 Doroshenko et al. 2022, Connect the Dots, https://arxiv.org/abs/2207.04380.
+
+dp-accounting is imported where a figure is computed: it costs a second, and most processes never ask.
 """
 
 import math
@@ -16,13 +18,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import dp_accounting
-from dp_accounting.pld import privacy_loss_distribution as pld
-from dp_accounting.rdp import RdpAccountant
-
 from fedtailor.errors import ConfigError
 
-NEIGHBOURS = dp_accounting.NeighboringRelation.REPLACE_SPECIAL
 INTERVAL = 1e-3  # of the discretised privacy loss; rounding is pessimistic, and costs about 1e-4 of epsilon
 MIN_NOISE = 0.4  # below, the distributions need gigabytes: a coordinator could exhaust a site's memory
 MOST_ROUNDS = 100_000  # where counting affordable rounds stops
@@ -86,7 +83,10 @@ def gaussian(noise_multiplier: float, delta: float) -> float:
 def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
     if not groups:
         return 0.0
-    renyi = RdpAccountant(_ORDERS, NEIGHBOURS)
+    import dp_accounting
+    from dp_accounting.rdp import RdpAccountant
+
+    renyi = RdpAccountant(_ORDERS, dp_accounting.NeighboringRelation.REPLACE_SPECIAL)
     for z, rate, n in groups:
         event = dp_accounting.PoissonSampledDpEvent(rate, dp_accounting.GaussianDpEvent(z))
         renyi.compose(dp_accounting.SelfComposedDpEvent(event, n))
@@ -101,8 +101,14 @@ def _epsilon(groups: tuple[tuple[float, float, int], ...], delta: float) -> floa
 
 @lru_cache(maxsize=64)
 def _step(z: float, rate: float) -> Any:
-    return pld.from_gaussian_mechanism(
-        z, value_discretization_interval=INTERVAL, sampling_prob=rate, neighboring_relation=NEIGHBOURS
+    from dp_accounting import NeighboringRelation
+    from dp_accounting.pld.privacy_loss_distribution import from_gaussian_mechanism
+
+    return from_gaussian_mechanism(
+        z,
+        value_discretization_interval=INTERVAL,
+        sampling_prob=rate,
+        neighboring_relation=NeighboringRelation.REPLACE_SPECIAL,
     )
 
 

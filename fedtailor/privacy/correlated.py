@@ -17,7 +17,6 @@ from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.signal import lfilter
 
 from fedtailor.errors import ConfigError
 
@@ -58,13 +57,13 @@ def sensitivity(mix: Sequence[float], rounds: int, separation: int) -> float:
         raise ConfigError(
             f"rounds: {rounds}, {separation} apart: correlated noise is accounted for in 1 to {MOST_ROUNDS} rounds"
         )
-    steps = lfilter([1.0], mix, _pulses(rounds, rounds)) if mix[0] > 0 else np.array([-1.0])
+    steps = _unmixed(mix, _pulses(rounds, rounds)) if mix[0] > 0 else np.array([-1.0])
     if not (np.isfinite(steps).all() and (steps >= -1e-12).all() and (np.diff(steps) <= 1e-12).all()):
         raise ConfigError(
             f"correlated: {list(mix)[:4]}… is noise for which no bound is known: the coefficients of its inverse must "
             "be neither negative nor increasing; use privacy.correlated.window"
         )
-    return float(np.linalg.norm(lfilter([1.0], mix, _pulses(rounds, separation))))
+    return float(np.linalg.norm(_unmixed(mix, _pulses(rounds, separation))))
 
 
 def error(mix: Sequence[float], rounds: int, separation: int) -> float:
@@ -84,6 +83,13 @@ def best_window(rounds: int, separation: int) -> int:
     return min(
         range(1, min(rounds, MOST_WINDOW) + 1), key=lambda w: (round(error(mixture(w), rounds, separation), 9), w)
     )
+
+
+def _unmixed(mix: Sequence[float], values: Floats) -> Floats:
+    """C applied to a column: the recursion that undoes the mixture."""
+    from scipy.signal import lfilter  # half a second, and only turns ask
+
+    return np.asarray(lfilter([1.0], mix, values))
 
 
 def _pulses(rounds: int, separation: int) -> Floats:

@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from numpy.typing import NDArray
-from scipy.special import ndtri
 from torch import Tensor
 
 Words = NDArray[np.uint64]
@@ -119,6 +118,8 @@ class Csprng:
             tail = (self._words("normal tail", len(rare)) >> np.uint64(11)).astype(np.float64)
             u[rare] = low[rare].astype(np.float64) + (tail + 0.5) * 2.0**-53
         u *= 2.0**-64  # (0, 1/2]: the lower half, and the top bit is the sign
+        from scipy.special import ndtri
+
         z: NDArray[np.float64] = ndtri(u, out=u)
         np.negative(z, out=z, where=words > _LOW63)
         return z

@@ -9,8 +9,6 @@ secret Poisson sample, which a plan cannot ask for.
 
 import math
 
-from dp_accounting.gaussian_mechanism import get_sigma_gaussian
-
 from fedtailor.errors import ConfigError
 from fedtailor.privacy.accounting import Charge, epsilon, gaussian
 from fedtailor.privacy.adaptive import count_noise
@@ -70,6 +68,8 @@ def calibrated(privacy: SitePrivacy, rounds: int, cohort: int) -> SitePrivacy:
 
 def _least(epsilon: float, delta: float) -> float:
     """The multiplier of one Gaussian mechanism that costs ``epsilon``, or up to 0.05 % more: PLDs are rounded upwards."""
+    from dp_accounting.gaussian_mechanism import get_sigma_gaussian
+
     found = float(get_sigma_gaussian(epsilon, delta))
     while gaussian(found, delta) > epsilon:
         found *= 1.0005

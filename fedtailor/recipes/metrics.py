@@ -1,7 +1,6 @@
 """Metrics of a binary classifier on one held-out part. What cannot be estimated is None: never 0, NaN or 0.5."""
 
 import numpy as np
-from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -16,6 +15,9 @@ def binary(outputs: Tensor, y: Tensor) -> Metrics:
     Shapes:
         outputs: logits ``[N]``; y: ``[N]`` of 0.0 and 1.0.
     """
+    # Here, because only what holds data measures: a coordinator never needs scikit-learn's second and 110 MB.
+    from sklearn.metrics import average_precision_score, f1_score, precision_score, recall_score, roc_auc_score
+
     truth, logits = y.numpy().astype(int), outputs.double().numpy()
     if not len(truth) or not np.isfinite(logits).all():
         return dict.fromkeys(("auroc", "auprc", "accuracy", "f1", "precision", "recall", "loss"))

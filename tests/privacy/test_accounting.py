@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedtailor.errors import ConfigError
-from fedtailor.privacy.accounting import NEIGHBOURS, Cap, Charge, affordable, allowed, calibrate, epsilon
+from fedtailor.privacy.accounting import Cap, Charge, affordable, allowed, calibrate, epsilon
 
 DELTA = 1e-5
 
 
-def directly(charges, interval=1e-3, relation=NEIGHBOURS):
+def directly(charges, interval=1e-3, relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL):
     accountant = PLDAccountant(relation, interval)
     for c in charges:
         event = dp_accounting.PoissonSampledDpEvent(c.rate, dp_accounting.GaussianDpEvent(c.noise_multiplier))

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from fedtailor import strategies, tree
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
-from fedtailor.privacy.accounting import NEIGHBOURS
 from fedtailor.privacy.adaptive import REACH, bit, count_noise, moved, values_noise
 from fedtailor.privacy.site_accounting import site_epsilon
 from fedtailor.strategy import Local, Strategy
@@ -116,7 +115,7 @@ def test_the_noise_on_values_and_count_is_what_is_accounted_for():
 @pytest.mark.parametrize("z,sigma", [(1.0, 0.6), (2.5, 5.0), (0.8, 20.0)])
 def test_values_and_count_together_cost_the_whole(z, sigma):
     """By dp-accounting: the two Gaussian mechanisms, composed, are one of multiplier z."""
-    accountant = PLDAccountant(NEIGHBOURS, 1e-4)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, 1e-4)
     both = [dp_accounting.GaussianDpEvent(values_noise(z, sigma)), dp_accounting.GaussianDpEvent(2 * sigma)]
     accountant.compose(dp_accounting.SelfComposedDpEvent(dp_accounting.ComposedDpEvent(both), 10))
     assert accountant.get_epsilon(1e-5) == pytest.approx(site_epsilon(z, 10, 1e-5), rel=2e-3)

@@ -12,7 +12,6 @@ from dp_accounting.pld import PLDAccountant
 from fedtailor import strategies
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
-from fedtailor.privacy.accounting import NEIGHBOURS
 from fedtailor.privacy.correlated import best_window, error, mixture, participations, sensitivity
 from fedtailor.privacy.site_accounting import calibrated, epsilon_after
 from fedtailor.study import SitePrivacy
@@ -133,6 +132,6 @@ def test_the_whole_run_is_one_gaussian_mechanism(rounds):
     """Epsilon by dp-accounting, of one Gaussian whose multiplier is z over the sensitivity of C."""
     privacy = SitePrivacy(unit="site", epsilon=8.0, delta=1e-5, clip=1.0, noise_multiplier=3.0,
                           correlated={"separation": 4, "window": 4})  # fmt: skip
-    accountant = PLDAccountant(NEIGHBOURS, 1e-4)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, 1e-4)
     accountant.compose(dp_accounting.GaussianDpEvent(3.0 / sensitivity(mixture(4), rounds, 4)))
     assert epsilon_after(privacy, rounds) == pytest.approx(accountant.get_epsilon(1e-5), rel=2e-3)

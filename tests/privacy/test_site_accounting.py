@@ -5,7 +5,6 @@ import pytest
 from dp_accounting.pld import PLDAccountant
 
 from fedtailor.errors import ConfigError
-from fedtailor.privacy.accounting import NEIGHBOURS
 from fedtailor.privacy.site_accounting import calibrated, epsilon_after, mixture_of, site_epsilon
 from fedtailor.study import CorrelatedNoise, SitePrivacy
 
@@ -21,7 +20,7 @@ def test_it_equals_dp_accounting(z, rounds, rate):
     event = dp_accounting.GaussianDpEvent(z)
     if rate < 1:
         event = dp_accounting.PoissonSampledDpEvent(rate, event)
-    accountant = PLDAccountant(NEIGHBOURS, 1e-3)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.REPLACE_SPECIAL, 1e-3)
     accountant.compose(dp_accounting.SelfComposedDpEvent(event, rounds))
     assert site_epsilon(z, rounds, DELTA, rate) == pytest.approx(accountant.get_epsilon(DELTA), abs=1e-6)
 
