@@ -125,6 +125,7 @@ class Result(BaseModel):
     versions: dict[str, str]
     status: Ending = "completed"
     dropped: Annotated[list[dict[str, Any]], AfterValidator(_checked(Dropped))] = []  # each a Dropped
+    population: dict[str, Any] | None = None  # of a simulation with more clients than sites: how rows were dealt out
     history: Annotated[list[dict[str, Any]], AfterValidator(_checked(Evaluated))] = []  # each an Evaluated
 
 
@@ -143,16 +144,30 @@ def weighted(by_site: Mapping[str, Metrics], rows: Mapping[str, int]) -> Metrics
     return means
 
 
-def privacy_result(privacy: Privacy, epsilon_max: float) -> PrivacyResult:
-    """The statement of a study."""
+def privacy_result(
+    privacy: Privacy, epsilon_max: float, population: str | None = None, rate: float = 1.0
+) -> PrivacyResult:
+    """The statement of a study.
+
+    Args:
+        population: how a simulation dealt rows out to clients; None: the sites are the clients.
+        rate: at which a round draws each client, where privacy is of whole clients.
+    """
     record = isinstance(privacy, RecordPrivacy)
+    covers = COVERS if record else COVERS_SITE
+    if population is not None:
+        covers += "; each client of the population is a site of its own"
+    if population == "drawn" and record:
+        covers += ", and its copy of a row, which others may have drawn too, a record of its own"
+    if rate < 1:
+        covers += f", which is in a round with probability {rate:g}, drawn anew in secret for each"
     return PrivacyResult(
         unit=privacy.unit,
         delta=privacy.delta,
         epsilon_max=epsilon_max,
         epsilon_budget=privacy.epsilon,
-        accountant=f"PLD (dp-accounting), {'Poisson sampling' if record else 'no sampling'}, zero-out neighbours",
-        covers=COVERS if record else COVERS_SITE,
+        accountant=f"PLD (dp-accounting), {'Poisson' if record or rate < 1 else 'no'} sampling, zero-out neighbours",
+        covers=covers,
         not_covered=NOT_COVERED if record else NOT_COVERED_SITE,
     )
 

@@ -1,10 +1,11 @@
 """The sites of a simulated study: their data, and what each is fed in a round."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fedtailor import seeds
 from fedtailor.batches import choices, draw, numbered
@@ -63,15 +64,33 @@ def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
     """
     sizes = {site: len(one.train.y) for site, one in data.items()}
     first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))
-    rows, live = numbered([draw(plan.local, sizes[site], plan.seed, round, site) for site in plan.sites])
-    scale = torch.tensor([1.0 / (plan.local.rate * sizes[site]) for site in plan.sites])
+    batches = fed(plan, plan.sites, [sizes[site] for site in plan.sites], round)
+    batches["rows"] = batches["rows"] + torch.tensor([first[site] for site in plan.sites])[:, None, None]
+    return batches
+
+
+def fed(plan: Plan, names: Sequence[str], sizes: Sequence[int], round: int, table: Tensor | None = None) -> Tree:
+    """One round's batches of some clients, ``[K, S, ...]``, padded to the largest.
+
+    Args:
+        names: the clients', by which all that is random is drawn.
+        sizes: how many rows each has.
+        table: the rows of all of them, one client's after another's; None: rows are numbered from 0 within a client.
+    """
+    rows, live = numbered(
+        [draw(plan.local, size, plan.seed, round, name) for name, size in zip(names, sizes, strict=True)]
+    )
+    if table is not None:
+        first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        rows = table[rows + first[:, None, None]]
+    scale = torch.tensor([1.0 / (plan.local.rate * size) for size in sizes])
     batches = {
-        "rows": rows + torch.tensor([first[site] for site in plan.sites])[:, None, None],
+        "rows": rows,
         "live": live,
         "scale": scale[:, None].expand(-1, plan.local.steps),
-        "seed": torch.stack([choices(plan, round, site) for site in plan.sites]),
+        "seed": torch.stack([choices(plan, round, name) for name in names]),
     }
     if plan.record is not None and plan.record.noise_multiplier is not None:
-        numbers = [seeds.number(plan.seed, "noise", round, site) for site in plan.sites]
+        numbers = [seeds.number(plan.seed, "noise", round, name) for name in names]
         batches["noise_seed"] = torch.tensor(numbers)
     return batches

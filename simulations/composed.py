@@ -12,8 +12,9 @@ from fedtailor.privacy.planning import resolve
 from fedtailor.report import write_run
 from fedtailor.result import Result
 from fedtailor.simulations import policies
-from fedtailor.simulations.run import OnEvent
+from fedtailor.simulations.clients import sampling_of
 from fedtailor.simulations.run import simulate as run_study
+from fedtailor.simulations.setting import OnEvent
 from fedtailor.study import Plan
 from fedtailor.tree import Params
 
@@ -51,9 +52,19 @@ def simulate(study: str = "heart", settings: Mapping[str, Any] | None = None, **
     return run(load(overrides_of({"study": study} | more | dict(settings or {}))))
 
 
-def run(experiment: Experiment, on_event: OnEvent = lambda event: None) -> Simulated:
-    """Simulate a composed study; raises what :func:`simulate` does."""
-    simulation, plan = experiment.simulation, resolve(experiment.plan)
+def run(
+    experiment: Experiment,
+    on_event: OnEvent = lambda event: None,
+    checkpoint: Path | None = None,
+    resume: bool = False,
+) -> Simulated:
+    """Simulate a composed study; raises what :func:`simulate` does.
+
+    Args:
+        checkpoint: where to write how far it is.
+        resume: go on from there.
+    """
+    simulation, plan = experiment.simulation, resolved(experiment)
     sources: dict[str, Any] = build(simulation.data, dict)
     rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
     result, params = run_study(
@@ -63,9 +74,19 @@ def run(experiment: Experiment, on_event: OnEvent = lambda event: None) -> Simul
         path=simulation.path,
         policies=rules,
         step_s=simulation.step_s,
+        population=simulation.population,
+        checkpoint=checkpoint,
+        every_s=simulation.checkpoint_s,
+        resume=resume,
         on_event=on_event,
     )
     return Simulated(result, params, plan)
+
+
+def resolved(experiment: Experiment) -> Plan:
+    """The plan with all that its privacy leaves open filled in."""
+    plan, population = experiment.plan, experiment.simulation.population
+    return resolve(plan, None if population is None else sampling_of(plan, population))
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:

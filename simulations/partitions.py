@@ -31,6 +31,11 @@ class Shares(NamedTuple):
         """One client's rows, without a copy."""
         return self.order[self.offsets[client] : self.offsets[client + 1]]
 
+    def sizes(self, clients: Sequence[int]) -> Tensor:
+        """How many rows each of some clients has."""
+        which = torch.as_tensor(clients, dtype=torch.long)
+        return self.offsets[which + 1] - self.offsets[which]
+
 
 def iid(y: Tensor, clients: int, seed: int) -> Shares:
     """Rows at random; sizes differ by one at most, the first clients have more.

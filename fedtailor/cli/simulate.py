@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -10,31 +10,54 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedtailor.cli.options import Json, show
 
+if TYPE_CHECKING:
+    from fedtailor.config import Experiment
+    from fedtailor.simulations.composed import Simulated
+    from fedtailor.simulations.setting import OnEvent
+
 Overrides = Annotated[list[str] | None, typer.Argument(help="Hydra overrides: study=heart privacy=none rounds=50 …")]
 Out = Annotated[
     Path | None, typer.Option(help="The run's folder; default: outputs/simulate/<study>, or outputs/sweep.")
 ]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run of this folder was interrupted.")]
+CHECKPOINT = "checkpoint.safetensors"  # in a run's folder, until its result is there
 Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of values with commas.")]
 
 
-def simulate(overrides: Overrides = None, out: Out = None, multirun: Multirun = False, json: Json = False) -> None:
+def simulate(
+    overrides: Overrides = None,
+    out: Out = None,
+    multirun: Multirun = False,
+    resume: Resume = False,
+    json: Json = False,
+) -> None:
     """Simulate a study and write its run folder. Its noise is seeded, for studying accuracy: nothing to release."""
     if multirun:
         from fedtailor.cli.sweep import sweep
 
-        return sweep(overrides or [], out or Path("outputs") / "sweep", json)
+        return sweep(overrides or [], out or Path("outputs") / "sweep", resume, json)
     from fedtailor.config import load
     from fedtailor.report import console_table
-    from fedtailor.simulations.composed import run
 
     experiment = load(overrides or [])
+    folder = out or Path("outputs") / "simulate" / experiment.plan.study
     with progress() as shown:
-        done = run(experiment, followed(shown, experiment.plan.study, experiment.plan.rounds))
-    folder = out or Path("outputs") / "simulate" / done.plan.study
-    done.write(folder)
+        if (folder / CHECKPOINT).exists() and not resume:
+            shown.console.print(f"{folder} holds an interrupted run, which this one replaces; --resume goes on with it")
+        done = completed(experiment, folder, resume, followed(shown, experiment.plan.study, experiment.plan.rounds))
     if not show(done.result.model_dump(mode="json", by_alias=True), json):
         Console().print(console_table(done.result))
         Console().print(f"run folder: {folder}")
+
+
+def completed(experiment: "Experiment", folder: Path, resume: bool, on_event: "OnEvent") -> "Simulated":
+    """Simulate and write the run folder. Its checkpoint goes when the result is there."""
+    from fedtailor.simulations.composed import run
+
+    done = run(experiment, on_event, folder / CHECKPOINT, resume)
+    done.write(folder)
+    (folder / CHECKPOINT).unlink(missing_ok=True)
+    return done
 
 
 def progress() -> Progress:

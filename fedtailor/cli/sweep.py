@@ -4,20 +4,26 @@ import hashlib
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
 
 from fedtailor.cli import compare
 from fedtailor.cli.options import show
-from fedtailor.cli.simulate import followed, progress
+from fedtailor.cli.simulate import completed, followed, progress
 from fedtailor.errors import FedtailorError
 
+if TYPE_CHECKING:
+    from fedtailor.config import Experiment
 
-def sweep(overrides: Sequence[str], root: Path, json: bool) -> None:
-    """Run all, each in a folder of its own under ``root``; exit code 1 if one failed, and the others went on."""
+
+def sweep(overrides: Sequence[str], root: Path, resume: bool, json: bool) -> None:
+    """Run all, each in a folder of its own under ``root``; exit code 1 if one failed, and the others went on.
+
+    With ``resume`` a run that has its result is left as it is, and one that was interrupted goes on.
+    """
     from fedtailor import config
-    from fedtailor.simulations.composed import run
 
     fixed, chosen = config.sweep(overrides)
     runs: list[dict[str, object]] = []
@@ -27,9 +33,12 @@ def sweep(overrides: Sequence[str], root: Path, json: bool) -> None:
             folder = root / named(each or fixed)
             error = None
             try:
-                (folder / "result.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
+                if not resume:
+                    (folder / "result.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
                 experiment = config.load([*fixed, *each])
-                run(experiment, followed(shown, folder.name, experiment.plan.rounds)).write(folder)
+                if not done_before(folder, experiment):
+                    (folder / "result.json").unlink(missing_ok=True)
+                    completed(experiment, folder, resume, followed(shown, folder.name, experiment.plan.rounds))
             except FedtailorError as failure:
                 error = str(failure)
             except Exception as failure:  # what one combination breaks must not take the others along
@@ -46,6 +55,23 @@ def sweep(overrides: Sequence[str], root: Path, json: bool) -> None:
         Console().print(f"{len(good)} of {len(runs)} runs done; run folders: {root}", markup=False, highlight=False)
     if len(good) < len(runs):
         raise typer.Exit(1)
+
+
+def done_before(folder: Path, experiment: "Experiment") -> bool:
+    """Whether a folder holds the result of this very plan, and population."""
+    import yaml
+
+    from fedtailor.result import Result
+    from fedtailor.simulations.composed import resolved
+
+    try:
+        written = yaml.safe_load((folder / "config.yaml").read_text())
+        result = Result.model_validate_json((folder / "result.json").read_text())
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    of = experiment.simulation.population
+    same: bool = written == resolved(experiment).model_dump(mode="json", by_alias=True)
+    return same and result.population == (None if of is None else of.model_dump())
 
 
 def named(overrides: Sequence[str]) -> str:

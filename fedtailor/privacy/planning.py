@@ -1,5 +1,7 @@
 """From a privacy target to a plan that says how much noise is added, and to the strategy that adds it."""
 
+from typing import NamedTuple
+
 from fedtailor.config import build
 from fedtailor.errors import ConfigError
 from fedtailor.privacy.accounting import calibrate
@@ -16,18 +18,29 @@ NO_DIVISOR = (
 )
 
 
-def resolve(plan: Plan) -> Plan:
+class Sampling(NamedTuple):
+    """Who is in a simulated round: a Poisson sample of many clients, which nobody but the coordinator sees."""
+
+    cohort: int  # clients of a round; site-level privacy divides by it
+    rate: float  # at which each client is drawn; 1: no amplification is claimed
+
+
+def resolve(plan: Plan, sampling: Sampling | None = None) -> Plan:
     """Fill in ``privacy.noise_multiplier`` so that all rounds together meet epsilon and delta; never less noise.
 
     What else a site-level plan leaves open is filled in too. A plan that has all, or has no privacy, is returned as it
     is: every site judges it by itself.
 
+    Args:
+        sampling: of a simulation whose clients are more than the plan's sites.
+
     Raises:
         ConfigError: if the plan's privacy does not cover what its strategy needs.
     """
     if plan.site is not None:
-        resolved = plan.model_copy(update={"privacy": calibrated(plan.site, plan.rounds, cohort(plan))})
-        strategy_of(resolved)
+        asked = sampling or Sampling(cohort(plan), 1.0)
+        resolved = plan.model_copy(update={"privacy": calibrated(plan.site, plan.rounds, asked.cohort, asked.rate)})
+        strategy_of(resolved, sampling=sampling)
         return resolved
     if plan.record is not None and build(plan.strategy, Strategy).needs_loss:
         raise ConfigError(NO_LOSS)
@@ -44,12 +57,13 @@ def cohort(plan: Plan) -> int:
     return len(plan.asked(0))
 
 
-def strategy_of(plan: Plan, key: bytes | None = None) -> Strategy:
+def strategy_of(plan: Plan, key: bytes | None = None, sampling: Sampling | None = None) -> Strategy:
     """The strategy that a plan names; made private where its unit is a site. Server, site and simulator build it here.
 
     Args:
         key: 32 secret bytes for the coordinator's noise. Without it the noise is seeded by the plan: for the sites,
             which only clip, and for simulations.
+        sampling: of a simulation whose clients are more than the plan's sites.
 
     Raises:
         ConfigError: if the strategy cannot be made private, or the plan does not say how much noise to add.
@@ -67,7 +81,7 @@ def strategy_of(plan: Plan, key: bytes | None = None) -> Strategy:
         strategy,
         clip=privacy.clip,
         noise_multiplier=privacy.noise_multiplier,
-        cohort=cohort(plan),
+        cohort=sampling.cohort if sampling else cohort(plan),
         adaptive=privacy.adaptive,
         mixture=mixture_of(privacy.correlated),
         seed=plan.seed,

@@ -4,13 +4,13 @@ Two runs are neighbours when one site's whole contribution, in every round, is i
 that the site takes part, and when, is public. The coordinator sees the summands as they are and is trusted to add the
 noise: what is promised holds against everybody else, the other sites among them, who see the models that it casts. A
 site that is asked in every round has no amplification by sampling; ``rate`` is for rounds whose sites are drawn by a
-secret Poisson sample, which a plan cannot ask for.
+secret Poisson sample, which a plan cannot ask for and a simulated population does.
 """
 
 import math
 
 from fedtailor.errors import ConfigError
-from fedtailor.privacy.accounting import Charge, epsilon, gaussian
+from fedtailor.privacy.accounting import Charge, calibrate, epsilon, gaussian
 from fedtailor.privacy.adaptive import count_noise
 from fedtailor.privacy.correlated import best_window, mixture, participations, sensitivity
 from fedtailor.study import CorrelatedNoise, SitePrivacy
@@ -28,8 +28,11 @@ def site_epsilon(noise_multiplier: float, rounds: int, delta: float, rate: float
     return epsilon([Charge(noise_multiplier, rate, rounds)], delta)
 
 
-def epsilon_after(privacy: SitePrivacy, rounds: int) -> float:
+def epsilon_after(privacy: SitePrivacy, rounds: int, rate: float = 1.0) -> float:
     """What the first ``rounds`` rounds of a plan cost each site; 0 before the first.
+
+    Args:
+        rate: of the secret Poisson sample that each round asks; 1 where everybody is asked, or in turns.
 
     Raises:
         ConfigError: if the noise is not filled in, or is too little to be accounted for.
@@ -39,20 +42,27 @@ def epsilon_after(privacy: SitePrivacy, rounds: int) -> float:
     if privacy.noise_multiplier is None:
         raise ConfigError("privacy.noise_multiplier: null; the plan does not say how much noise to add")
     alike = privacy.noise_multiplier / _worse(privacy, rounds)
-    return site_epsilon(alike, _turns(privacy, rounds), privacy.delta)
+    return site_epsilon(alike, _turns(privacy, rounds), privacy.delta, rate)
 
 
-def calibrated(privacy: SitePrivacy, rounds: int, cohort: int) -> SitePrivacy:
+def calibrated(privacy: SitePrivacy, rounds: int, cohort: int, rate: float = 1.0) -> SitePrivacy:
     """``privacy`` with the least noise, to 0.1 %, that keeps its promise over ``rounds`` rounds, and all else that it left open.
 
     Raises:
-        ConfigError: if no noise does.
+        ConfigError: if no noise does, or noise is to be taken back where rounds ask samples: nobody has a turn there.
     """
+    if rate < 1 and privacy.correlated is not None:
+        raise ConfigError(
+            "privacy.correlated: is for sites that take turns, and here each round asks a sample; use null"
+        )
     if privacy.correlated is not None and privacy.correlated.window is None:
         window = best_window(rounds, privacy.correlated.separation)
         privacy = privacy.model_copy(update={"correlated": privacy.correlated.model_copy(update={"window": window})})
     noise = privacy.noise_multiplier
-    if noise is None:
+    if noise is None and rate < 1:
+        noise = calibrate(privacy.epsilon, privacy.delta, rate, rounds)
+        privacy = privacy.model_copy(update={"noise_multiplier": noise})
+    elif noise is None:
         noise = _least(privacy.epsilon, privacy.delta) * math.sqrt(_turns(privacy, rounds)) * _worse(privacy, rounds)
         noise = math.ceil(1e4 * noise) / 1e4  # up: less would break the promise
         if noise > 1e6:

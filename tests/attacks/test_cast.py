@@ -47,7 +47,7 @@ import fedtailor.client.work as work
 from types import SimpleNamespace
 work.real = getattr(work, "real", work.leaving)
 anything = lambda *arguments: None
-work.leaving = SimpleNamespace(check=anything, plausible=anything, spec_of=work.real.spec_of)
+work.leaving = SimpleNamespace(check=anything, plausible=anything, spec_of=work.real.spec_of, followed=work.real.followed)
 """
 SHUT = "import fedtailor.client.work as work\nwork.leaving = getattr(work, 'real', work.leaving)"
 

@@ -14,7 +14,8 @@ from fedtailor.config import build, load
 from fedtailor.policy import Case, charges_of, verdict
 from fedtailor.recipe import Recipe
 from fedtailor.result import weighted
-from fedtailor.simulations.run import prepared, simulate
+from fedtailor.simulations.cohort import prepared
+from fedtailor.simulations.run import simulate
 from fedtailor.strategy import Strategy
 from fedtailor.wire import Visit
 

@@ -11,12 +11,11 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import torch as files
 from torch import Tensor
 
-from fedtailor import STACK, Strategy, leaving, tree
+from fedtailor import STACK, Strategy, tree
 from fedtailor.config import build, choices, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
 from fedtailor.privacy.planning import resolve
-from fedtailor.recipe import Recipe
 from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import Local, model_in
 from fedtailor.study import Spec
@@ -297,19 +296,3 @@ def test_a_loss_does_not_leave_under_record_level_privacy(name: str) -> None:
 def test_an_unknown_argument_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: momentun"):
         build(with_arguments(name, momentun=0.9), Strategy)
-
-
-@pytest.mark.parametrize("name", ALL)
-def test_what_leaves_is_the_same_of_small_models_and_of_those_too_large_to_make(name: str, monkeypatch) -> None:
-    """The first are followed as zeros, the others as tensors without memory."""
-    plan = load(["study=heart", "recipe.model=mlp"]).plan
-    recipe, strategy = build(plan.recipe, Recipe), ALL[name]
-    devices = []
-
-    def seen(params: Tree) -> Tree:
-        devices.extend(x.device.type for x in params.values())
-        return {"summand": leaving.summand(plan, strategy, params), "cast": strategy.broadcast(strategy.init(params))}
-
-    small = leaving.spec_of(leaving.followed(recipe, seen))
-    monkeypatch.setattr(leaving, "FEW", 0)
-    assert leaving.spec_of(leaving.followed(recipe, seen)) == small and set(devices) == {"cpu", "meta"}

@@ -9,7 +9,7 @@ from fedtailor.config import build
 from fedtailor.errors import RefusedError
 from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Part, Recipe
-from fedtailor.simulations import cohort, feed, run
+from fedtailor.simulations import cohort, feed, setting
 from fedtailor.simulations.feed import seeded
 from fedtailor.simulations.run import simulate
 
@@ -63,13 +63,13 @@ def at_once():
 
 def emptied(monkeypatch, *sites):
     """Some sites' training parts, without a row."""
-    prepared = run.prepared
+    prepared = setting.prepared
 
     def without(plan, recipe, sources):
         data = prepared(plan, recipe, sources)
         return {k: d._replace(train=Part(d.train.x[:0], d.train.y[:0])) if k in sites else d for k, d in data.items()}
 
-    monkeypatch.setattr(run, "prepared", without)
+    monkeypatch.setattr(setting, "prepared", without)
 
 
 @pytest.mark.parametrize("privacy", [None, PRIVACY], ids=["plain", "private"])

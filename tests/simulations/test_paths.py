@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, dropout, linear, relu
 from fedtailor import strategies
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
-from fedtailor.simulations import paths, run
+from fedtailor.simulations import paths, setting
 from fedtailor.simulations.feed import NOTHING
 from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.run import simulate
@@ -184,9 +184,9 @@ def test_the_way_does_not_show(plan, sources, strategy, privacy):
 
 def test_a_sum_made_in_one_go_is_the_same_and_counts_every_sites_bytes(plan, sources, monkeypatch):
     apart, p = simulate(plan(), sources)
-    monkeypatch.setattr(run, "SMALL", 1)
+    monkeypatch.setattr(setting, "SMALL", 1)
     taken = []
-    monkeypatch.setattr(run, "Task", lambda *given: taken.append(given[-1]) or Task(*given))
+    monkeypatch.setattr(setting, "Task", lambda *given: taken.append(given[-1]) or Task(*given))
     whole, q = simulate(plan(), sources)
     assert taken == [True]
     for name in p:

@@ -1,0 +1,25 @@
+"""A population of virtual clients, as settings name it: all sites' training rows, dealt out to more clients than sites."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+
+
+class Population(BaseModel):
+    """How rows are dealt out, and how many clients a round asks. Other fields are the partition's own: ``alpha: 0.3``."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
+    partition: Literal["iid", "dirichlet_split", "dirichlet_mixture", "shards", "pathological", "quantity", "drawn"]
+    clients: Annotated[int, Field(ge=1, le=1_000_000_000)]
+    cohort: PositiveInt  # clients of a round; on average, where privacy is of whole clients: those rounds are drawn
+
+    @model_validator(mode="after")
+    def _within(self) -> Self:
+        if self.cohort > self.clients:
+            raise ValueError(f"cohort: {self.cohort} is more than all {self.clients} clients")
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the partition is told beside the number of clients."""
+        return dict(self.model_extra or {})

@@ -1,0 +1,116 @@
+"""Who is in a simulated round and what each trains on: the plan's sites, or a cohort of many virtual clients.
+
+A population is dealt out of all sites' training rows. What a round costs depends on its cohort alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedtailor import seeds
+from fedtailor.errors import ConfigError
+from fedtailor.population import Population
+from fedtailor.privacy.planning import Sampling
+from fedtailor.recipe import Dataset
+from fedtailor.simulations import partitions
+from fedtailor.simulations.cohort import batches_of, fed
+from fedtailor.simulations.drawn import drawn
+from fedtailor.study import Plan
+from fedtailor.tree import Tree
+
+
+class Fed(NamedTuple):
+    """What a round's clients train on."""
+
+    batches: Tree  # leaves [K, S, ...]
+    live: Tensor  # [K, S]
+    counts: Tensor  # [K] training rows
+
+
+class Clients(NamedTuple):
+    """Who there is."""
+
+    asked: Callable[[int], list[int]]  # round -> the numbers of its clients, ascending
+    fed: Callable[[int, Sequence[int]], Fed]  # round, clients -> what they train on
+    many: int  # in a round, at most or on average
+
+
+PARTITIONS: dict[str, Callable[..., "Dealt"]] = {
+    "iid": partitions.iid,
+    "dirichlet_split": partitions.dirichlet_split,
+    "dirichlet_mixture": partitions.dirichlet_mixture,
+    "shards": partitions.shards,
+    "pathological": partitions.pathological,
+    "quantity": partitions.quantity,
+    "drawn": drawn,
+}
+
+
+class Dealt(Protocol):
+    """Which rows each client has."""
+
+    def of(self, client: int) -> Tensor:
+        """A client's rows, int64."""
+
+    def sizes(self, clients: Sequence[int]) -> Tensor:
+        """How many rows each of some clients has."""
+
+
+def sites(plan: Plan, turn: Callable[[int], Plan], data: Mapping[str, Dataset], live: Tensor) -> Clients:
+    """Each site of ``plan`` is a client."""
+    counts = torch.tensor([float(len(data[site].train.y)) for site in plan.sites])
+    number = {site: k for k, site in enumerate(plan.sites)}
+
+    def of_round(round: int, clients: Sequence[int]) -> Fed:
+        rows = torch.tensor(clients, dtype=torch.long)
+        return Fed(batches_of(turn(round), data, round), live[rows], counts[rows])
+
+    return Clients(lambda round: [number[site] for site in turn(round).sites], of_round, len(plan.sites))
+
+
+def population(plan: Plan, data: Mapping[str, Dataset], of: Population) -> Clients:
+    """Virtual clients. A client without rows is never asked.
+
+    Raises:
+        ConfigError: naming a setting of the partition that is unknown or does not fit the data.
+    """
+    dealt = deal(torch.cat([one.train.y for one in data.values()]), of, plan.seed)
+    secret = sampling_of(plan, of).rate < 1
+
+    def asked(round: int) -> list[int]:
+        rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round))
+        size = rng.binomial(of.clients, of.cohort / of.clients) if secret else of.cohort
+        chosen: list[int] = np.sort(rng.choice(of.clients, size, replace=False, shuffle=False)).tolist()
+        return [k for k, rows in zip(chosen, dealt.sizes(chosen).tolist(), strict=True) if rows]
+
+    def of_round(round: int, clients: Sequence[int]) -> Fed:
+        rows = [dealt.of(k) for k in clients]
+        counts = [len(mine) for mine in rows]
+        batches = fed(plan, [f"client {k}" for k in clients], counts, round, torch.cat(rows))
+        return Fed(batches, torch.ones(len(rows), plan.local.steps), torch.tensor(counts).float())
+
+    return Clients(asked, of_round, of.cohort)
+
+
+def sampling_of(plan: Plan, of: Population) -> Sampling:
+    """What the accountant is told: rounds are Poisson samples where privacy is of whole clients, and no secret elsewhere."""
+    return Sampling(of.cohort, of.cohort / of.clients if plan.site is not None else 1.0)
+
+
+def deal(y: Tensor, of: Population, seed: int) -> Dealt:
+    """Deal the rows of labels ``y`` out.
+
+    Raises:
+        ConfigError: naming a setting of the partition that is unknown or does not fit.
+    """
+    try:
+        return PARTITIONS[of.partition](y, clients=of.clients, seed=seed, **of.options)
+    except ConfigError as error:
+        raise ConfigError(f"population={of.partition}: {error}") from error
+    except TypeError as error:
+        raise ConfigError(
+            f"population={of.partition}: {str(error).replace('()', '')}; see its settings in configs/population"
+        ) from error

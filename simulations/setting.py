@@ -1,0 +1,144 @@
+"""What stays the same in all rounds of a simulated study: who takes part, with which data, and how they are trained."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fedtailor import recipe as recipes
+from fedtailor import tree
+from fedtailor.config import BlockPath, build
+from fedtailor.errors import ConfigError
+from fedtailor.policy import Policy
+from fedtailor.population import Population
+from fedtailor.privacy.planning import Sampling, resolve, strategy_of
+from fedtailor.recipe import Dataset, Recipe
+from fedtailor.simulations.buffered import Clock, steps_within
+from fedtailor.simulations.clients import Clients, sampling_of, sites
+from fedtailor.simulations.clients import population as virtual
+from fedtailor.simulations.cohort import feed_of, prepared, with_rows
+from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.paths import Round, Task, Way, choose
+from fedtailor.simulations.policies import Gate, admit
+from fedtailor.simulations.standing import Standing
+from fedtailor.simulations.traffic import Keep, counting
+from fedtailor.sources import DataSource
+from fedtailor.strategy import Strategy
+from fedtailor.study import Plan
+from fedtailor.tree import Params, Tree
+
+TRIES = 100  # rounds until one asks somebody
+OnEvent = Callable[[dict[str, Any]], None]
+
+
+class Setting(NamedTuple):
+    """A study that is ready to be simulated."""
+
+    plan: Plan  # with the sites that agree and have rows
+    whole: Plan  # with all of its sites
+    recipe: Recipe
+    strategy: Strategy
+    data: dict[str, Dataset]  # of the plan's sites, in their order
+    start: Params
+    gate: Gate | None
+    empty: list[dict[str, Any]]  # an entry for each site without rows
+    clients: Clients
+    population: Population | None
+    seconds: Tensor  # [K] virtual, of a round; of a population, none
+    way: Way
+    keep: Keep  # asks the gate what leaves, and counts its bytes in ``sent``
+    sent: dict[str, int]
+
+    def turn(self, round: int) -> Plan:
+        """The plan with the sites whose turn it is."""
+        return turn(self.plan, self.whole, round)
+
+    def begin(self) -> Standing:
+        """Before the first round."""
+        known = [] if self.population else list(range(len(self.plan.sites)))
+        memory = tree.stack([self.strategy.remember(self.start) for _ in known or [0]])
+        memory = memory if known else tree.at(memory, slice(0, 0))
+        return Standing(0, self.strategy.init(self.start), memory, known, Clock(0.0), self.way.block)
+
+
+def turn(plan: Plan, whole: Plan, round: int) -> Plan:
+    """``plan`` with those of its sites that ``whole`` asks in this round."""
+    asked = whole.asked(round)
+    return plan.model_copy(update={"sites": tuple(site for site in plan.sites if site in asked)})
+
+
+def prepare(
+    plan: Plan,
+    sources: Mapping[str, DataSource],
+    *,
+    block: int,
+    path: BlockPath,
+    policies: Mapping[str, Policy] | None,
+    step_s: Mapping[str, float] | None,
+    population: Population | None,
+    on_event: OnEvent,
+) -> Setting:
+    """Ask the sites, prepare their data and choose how they are trained; see :func:`fedtailor.simulations.run.simulate`."""
+    drawn = None if population is None else _fits(plan, population, policies)
+    whole = resolve(plan, drawn)
+    strategy = strategy_of(whole, sampling=drawn)  # of all its sites: a deployment divides by them too, whoever agrees
+    gate = None if policies is None else admit(whole, policies)
+    recipe = build(whole.recipe, Recipe)
+    agreed = whole if gate is None else gate.plan
+    data = prepared(agreed, recipe, sources)
+    plan, empty = with_rows(agreed, data)
+    start = recipes.initial(recipe, plan.seed)
+    cast = strategy.broadcast(strategy.init(start))
+    speeds = torch.tensor([(step_s or {}).get(site, 1.0) for site in plan.sites])
+    taken = steps_within(plan, speeds)
+    live = (torch.arange(plan.local.steps) < taken[:, None]).float()
+    clients = sites(plan, lambda round: turn(plan, whole, round), data, live)
+    if population is not None:
+        clients = virtual(plan, data, population)
+    feed = feed_of(plan, data, strategy.start(cast, strategy.remember(start)))
+    large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
+    together = gate is None and plan.buffer is None and large
+    clip = None if plan.record is None else plan.record.clip
+    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together)
+    trial = next((r for r in range(TRIES) if clients.asked(r)), None)
+    if trial is None:
+        raise ConfigError(
+            f"population.cohort: nobody is asked in {TRIES} rounds; ask more clients, or deal rows to all"
+        )
+    first = Round(
+        cast,
+        tree.stack([strategy.remember(start)] * len(clients.asked(trial))),
+        *clients.fed(trial, clients.asked(trial)),
+    )
+    way = choose(path, task, first)
+    on_event({"kind": "path", "path": way.path, "block": way.block, "why": way.why, "seconds": way.seconds})
+
+    def admitted(summands: Tree, first: int, round: int) -> Tensor | None:
+        return None if gate is None else gate._replace(plan=turn(plan, whole, round)).keep(summands, first, round)
+
+    keep, sent = counting(plan, strategy, start, admitted, lambda round: turn(plan, whole, round).sites)
+    if population is not None:  # whose clients' bytes nobody counts
+        keep, sent = (lambda summands, first, round: None), dict.fromkeys(plan.sites, 0)
+    return Setting(
+        plan, whole, recipe, strategy, data, start, gate, empty, clients, population, taken * speeds, way, keep, sent
+    )
+
+
+def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | None) -> Sampling:
+    """What the accountant is told of a population.
+
+    Raises:
+        ConfigError: if the plan or the rules are for sites, not for clients.
+    """
+    if policies is not None:
+        raise ConfigError("simulation.policy: is a site's, and the clients of a population are no sites; use null")
+    if plan.buffer is not None or plan.local.within_s is not None:
+        raise ConfigError("buffer, local.within_s: a population's clients have no clock yet; use null")
+    told = (plan.strategy.model_extra or {}).get("population")
+    if told is not None and told != population.clients:
+        raise ConfigError(
+            f"strategy.population: {told}, but there are {population.clients} clients; give strategy.population="
+            f"{population.clients}"
+        )
+    return sampling_of(plan, population)
