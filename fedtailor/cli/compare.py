@@ -90,6 +90,7 @@ def read(folder: Path) -> Run:
         config = yaml.safe_load(path.read_text())
     except (OSError, ValueError, yaml.YAMLError) as error:  # pydantic's is a ValueError
         raise StoreError(f"{path} cannot be read: {str(error).splitlines()[0]}; run it again, or remove it") from error
+    config["population"] = result.population  # is no part of the plan
     settings = {key: value for key, value in _flat(config).items() if key not in NAMED}
     return Run(result, settings | {"engine": result.engine, "status": result.status})
 

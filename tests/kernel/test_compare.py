@@ -129,3 +129,10 @@ def test_a_damaged_folder_is_named_and_the_others_are_compared(tmp_path):
 def test_a_folder_without_runs_is_refused(tmp_path):
     run = CliRunner().invoke(app, ["compare", str(tmp_path)])
     assert run.exit_code and "no run folder" in str(run.exception)
+
+
+def test_populations_are_told_apart(tmp_path):
+    for alpha in (0.1, 1.0):
+        of = {"partition": "dirichlet_split", "clients": 50, "cohort": 10, "alpha": alpha}
+        write(tmp_path / f"{alpha}", 0.8, population=of)
+    assert [row["settings"] for row in rows_of(tmp_path)] == [{"population.alpha": "0.1"}, {"population.alpha": "1.0"}]
