@@ -65,6 +65,15 @@ def unflatten(flat: dict[str, Tensor]) -> Tree:
     return tree
 
 
+def bare(tree: Tree) -> Tree:
+    """The tree without empty branches, as it comes back from a file.
+
+    >>> bare({"of": {}, "w": torch.ones(1)})
+    {'w': tensor([1.])}
+    """
+    return unflatten(flatten(tree))
+
+
 def joined(*trees: Tree) -> Tree:
     """One tree with the leaves of all ``trees``; where two have one, the later's.
 

@@ -47,20 +47,24 @@ def with_rows(plan: Plan, data: dict[str, Dataset]) -> tuple[Plan, list[dict[str
     return plan.model_copy(update={"sites": sites}), [{"round": 0, "site": site, "code": "empty"} for site in without]
 
 
-def feed_of(plan: Plan, data: Mapping[str, Dataset], like: Tree) -> Feed:
-    """All sites' training rows one after another, and noise of the shapes of ``like``: of what a site trains."""
+def rows_of(data: Mapping[str, Dataset]) -> Part:
+    """All sites' training rows, one site's after another's."""
     parts = [one.train for one in data.values()]
-    table = Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+    return Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
+
+
+def feed_from(plan: Plan, rows: Part, like: Tree) -> Feed:
+    """Examples by their number in ``rows``, and noise of the shapes of ``like``: of what a site trains."""
     if plan.record is None or plan.record.noise_multiplier is None:
-        return Feed(table)
-    return Feed(table, seeded(like, plan.record.noise_multiplier * plan.record.clip))
+        return Feed(rows)
+    return Feed(rows, seeded(like, plan.record.noise_multiplier * plan.record.clip))
 
 
 def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:
-    """One round's batches of the plan's sites, ``[K, S, ...]``, padded to the largest: rows of :func:`feed_of`'s table.
+    """One round's batches of the plan's sites, ``[K, S, ...]``, padded to the largest: numbers of :func:`rows_of`.
 
     Args:
-        data: of these sites and any others, as :func:`feed_of` was given it.
+        data: of these sites and any others, as :func:`rows_of` was given it.
     """
     sizes = {site: len(one.train.y) for site, one in data.items()}
     first = dict(zip(sizes, itertools.accumulate(sizes.values(), initial=0), strict=False))

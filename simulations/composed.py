@@ -75,6 +75,7 @@ def run(
         policies=rules,
         step_s=simulation.step_s,
         population=simulation.population,
+        workers=simulation.workers,
         checkpoint=checkpoint,
         every_s=simulation.checkpoint_s,
         resume=resume,

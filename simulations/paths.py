@@ -73,18 +73,23 @@ def choose(path: BlockPath, task: Task, first: Round) -> Way:
     Raises:
         ConfigError: if ``path`` asks for batches and the model has no batched form.
     """
-    if path == "vmap":
-        return _vmap(task, "asked for")
-    if path == "loop":
-        return _loop(task, "asked for")
+    if path in ("vmap", "loop"):
+        return forced(path, task)
     why = unfit(task, first)
     if path == "block":
         if why is not None:
             raise ConfigError(f"simulation.path: block, but {why}; auto falls back on vmap")
-        return _block(task, task.block, "asked for")
+        return forced(path, task)
     if path == "auto":
         return _vmap(task, why) if why is not None else _block(task, sensible(task, first))
     return _fastest(task, first, why)
+
+
+def forced(path: str, task: Task) -> Way:
+    """Exactly this way, without a trial."""
+    if path == "block":
+        return _block(task, task.block, "asked for")
+    return _vmap(task, "asked for") if path == "vmap" else _loop(task, "asked for")
 
 
 def unfit(task: Task, first: Round) -> str | None:

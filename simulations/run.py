@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,9 @@ from fedtailor.population import Population
 from fedtailor.result import Result
 from fedtailor.simulations import standing
 from fedtailor.simulations.buffered import buffered_round
+from fedtailor.simulations.cohort import rows_of
 from fedtailor.simulations.conclusion import concluded, measured
+from fedtailor.simulations.crew import ALL, crew
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.setting import OnEvent, Setting, prepare
 from fedtailor.simulations.standing import Standing
@@ -36,6 +40,7 @@ def simulate(
     policies: Mapping[str, Policy] | None = None,
     step_s: Mapping[str, float] | None = None,
     population: Population | None = None,
+    workers: int = 1,
     checkpoint: Path | None = None,
     every_s: float = 60.0,
     resume: bool = False,
@@ -57,6 +62,7 @@ def simulate(
             everybody, or give a site only so much time.
         population: deals all sites' training rows out to more clients, of whom a round asks some, at random. Metrics stay
             those of the sites' held-out parts. What a round costs follows from its cohort, not from the population.
+        workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
         checkpoint: where to write how far the study is, at most every ``every_s`` seconds.
         resume: go on from ``checkpoint``, where there is one: the result is then the same bit for bit, on this machine.
 
@@ -77,7 +83,7 @@ def simulate(
     }
     study = prepare(plan, sources, **how, on_event=on_event)
     prints = [one.fingerprint for one in study.data.values()]
-    digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how)
+    digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, workers)
     at = study.begin()
     if resume and checkpoint is not None and checkpoint.exists():
         at, also = standing.load(checkpoint, digest)
@@ -85,14 +91,20 @@ def simulate(
         if study.gate is not None:
             study.gate.dropped[:] = also["dropped"]
         on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
-    setup_s = saved = time.monotonic() - began
-    while at.round < plan.rounds:
-        at = advanced(study, at, on_event)
-        if checkpoint is not None and time.monotonic() - began - saved >= every_s:
-            gone = [] if study.gate is None else study.gate.dropped
-            standing.save(checkpoint, at, {"sent": study.sent, "dropped": gone}, digest)
-            saved = time.monotonic() - began
-        on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
+    with ExitStack() as stack:
+        if workers > 1:
+            threads = max(1, torch.get_num_threads() // workers)
+            many = stack.enter_context(crew(workers, study.duty(threads), rows_of(study.data))).many
+            study = study._replace(way=study.way._replace(many=many, block=ALL))
+            at = replace(at, block=ALL)
+        setup_s = saved = time.monotonic() - began
+        while at.round < plan.rounds:
+            at = advanced(study, at, on_event)
+            if checkpoint is not None and time.monotonic() - began - saved >= every_s:
+                gone = [] if study.gate is None else study.gate.dropped
+                standing.save(checkpoint, at, {"sent": study.sent, "dropped": gone}, digest)
+                saved = time.monotonic() - began
+            on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
     return concluded(study, at, began, setup_s)
 
 
@@ -113,14 +125,14 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
 
     asked, clock, state, memory, known = study.clients.asked(round), at.clock, at.state, at.memory, at.known
     if asked:
-        memory, known, rows = recalled(memory, known, asked, strategy.remember(study.start))
+        memory, known, rows = recalled(memory, known, asked, tree.bare(strategy.remember(study.start)))
         given = (strategy, study.way.many, state, tree.at(memory, rows), *study.clients.fed(round, asked), round)
         if study.plan.buffer is None:
             state, kept = simulate_round(*given, block, study.keep, smaller)
         else:
             state, kept, clock, old = buffered_round(study.plan, *given, clock, study.seconds, study.keep)
             stale += old
-        memory = tree.map(partial(_put, rows), memory, kept)
+        memory = tree.map(partial(_put, rows), memory, tree.bare(kept))
     else:  # a sample that nobody is in: its noise is in the model all the same
         nothing = tree.map(
             lambda x: torch.zeros_like(x)[None], standing_still(strategy, study.start, study.plan.local.lr)

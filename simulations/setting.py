@@ -17,7 +17,8 @@ from fedtailor.recipe import Dataset, Recipe
 from fedtailor.simulations.buffered import Clock, steps_within
 from fedtailor.simulations.clients import Clients, sampling_of, sites
 from fedtailor.simulations.clients import population as virtual
-from fedtailor.simulations.cohort import feed_of, prepared, with_rows
+from fedtailor.simulations.cohort import feed_from, prepared, rows_of, with_rows
+from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.paths import Round, Task, Way, choose
 from fedtailor.simulations.policies import Gate, admit
@@ -49,15 +50,24 @@ class Setting(NamedTuple):
     way: Way
     keep: Keep  # asks the gate what leaves, and counts its bytes in ``sent``
     sent: dict[str, int]
+    together: bool  # whether nobody asks for one client's summand, and a sum in one go saves work
 
     def turn(self, round: int) -> Plan:
         """The plan with the sites whose turn it is."""
         return turn(self.plan, self.whole, round)
 
+    def duty(self, threads: int) -> Duty:
+        """What a process that trains some of the clients is told."""
+        drawn = None if self.population is None else sampling_of(self.plan, self.population)
+        asked = self.gate is not None or self.plan.buffer is not None or self.strategy.packed
+        summed = self.strategy.reduce.is_sum and not asked
+        whole = self.whole.canonical()
+        return Duty(whole, drawn, self.way.path, self.way.block, self.together, summed, threads)
+
     def begin(self) -> Standing:
         """Before the first round."""
         known = [] if self.population else list(range(len(self.plan.sites)))
-        memory = tree.stack([self.strategy.remember(self.start) for _ in known or [0]])
+        memory = tree.stack([tree.bare(self.strategy.remember(self.start)) for _ in known or [0]])
         memory = memory if known else tree.at(memory, slice(0, 0))
         return Standing(0, self.strategy.init(self.start), memory, known, Clock(0.0), self.way.block)
 
@@ -96,7 +106,7 @@ def prepare(
     clients = sites(plan, lambda round: turn(plan, whole, round), data, live)
     if population is not None:
         clients = virtual(plan, data, population)
-    feed = feed_of(plan, data, strategy.start(cast, strategy.remember(start)))
+    feed = feed_from(plan, rows_of(data), strategy.start(cast, strategy.remember(start)))
     large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
     together = gate is None and plan.buffer is None and large
     clip = None if plan.record is None else plan.record.clip
@@ -121,7 +131,21 @@ def prepare(
     if population is not None:  # whose clients' bytes nobody counts
         keep, sent = (lambda summands, first, round: None), dict.fromkeys(plan.sites, 0)
     return Setting(
-        plan, whole, recipe, strategy, data, start, gate, empty, clients, population, taken * speeds, way, keep, sent
+        plan,
+        whole,
+        recipe,
+        strategy,
+        data,
+        start,
+        gate,
+        empty,
+        clients,
+        population,
+        taken * speeds,
+        way,
+        keep,
+        sent,
+        together,
     )
 
 

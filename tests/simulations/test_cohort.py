@@ -26,7 +26,7 @@ def test_every_site_sees_the_rows_that_it_would_draw_in_a_deployment(plan, sourc
     made = plan(local={"steps": 5, "rate": 0.1, "lr": 0.3})
     data = data_of(made, sources)
     batches = cohort.batches_of(made, data, 4)
-    found = cohort.feed_of(made, data, LIKE).all(batches)
+    found = cohort.feed_from(made, cohort.rows_of(data), LIKE).all(batches)
     for k, site in enumerate(made.sites):
         part = data[site].train
         expected = pack(part, draw(made.local, len(part.y), made.seed, 4, site), 0.1, found["live"].shape[-1])

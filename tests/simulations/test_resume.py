@@ -20,6 +20,9 @@ PLANS = {
     "plain": {},
     "a memory at each site": {"strategy": {"_target_": "fedtailor.strategies.scaffold", "population": 3}},
     "a memory at the server": {"strategy": {"_target_": "fedtailor.strategies.fedadam", "lr": 0.1}},
+    "a wrapper round no memory": {
+        "strategy": {"_target_": "fedtailor.strategies.topk", "fraction": 0.5, "of": {"name": "fedavg"}}
+    },
     "models of their own": {"strategy": {"_target_": "fedtailor.strategies.ditto"}},
     "record-level": {"privacy": {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0}},
     "site-level": {"privacy": SITE},

@@ -1,0 +1,191 @@
+"""Several processes that train the clients of a simulated round: each its share in blocks of its own, one partial sum back.
+
+They are told a plan and the rows once, and then, round by round, what was cast and whose turn it is: safetensors over
+pipes, no pickle. A client's result does not depend on who trains it, so that results are those of one process, up to the
+order in which numbers are added.
+"""
+
+import json
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import IO, Any, NamedTuple, Self
+
+import torch
+from safetensors.torch import load, save
+from torch import Tensor
+
+from fedtailor import recipe as recipes
+from fedtailor import tree
+from fedtailor.config import build
+from fedtailor.errors import ConfigError, FedtailorError, RefusedError
+from fedtailor.privacy.planning import Sampling, strategy_of
+from fedtailor.recipe import Part, Recipe
+from fedtailor.simulations.cohort import feed_from
+from fedtailor.simulations.engine import in_blocks
+from fedtailor.simulations.paths import Task, Way, forced
+from fedtailor.strategy import Strategy
+from fedtailor.study import Plan
+from fedtailor.tree import Tree
+
+ALL = 1 << 40  # clients in a block: a crew divides them itself
+LENGTH = struct.Struct("<Q")
+
+
+class Duty(NamedTuple):
+    """What a process of the crew is told once, beside the rows."""
+
+    plan: str
+    sampling: Sampling | None
+    path: str  # block, loop or vmap
+    block: int
+    together: bool  # whether a block may be summed while it is trained
+    summed: bool  # whether nobody asks for one client's summand
+    threads: int
+
+
+class Died(FedtailorError):
+    """A process of the crew ended by itself."""
+
+    code = "worker"
+
+
+class Crew:
+    """Running processes; :meth:`many` is a :data:`fedtailor.simulations.engine.Many` for all clients of a round."""
+
+    def __init__(self, summed: bool) -> None:
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.summed = summed
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+    def many(self, cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor) -> tuple[Tree, Tree]:
+        """Train each client at one of the processes.
+
+        Raises:
+            Died: if one of them ended, for want of memory, say.
+        """
+        shares = torch.tensor_split(torch.arange(len(live)), min(len(self.processes), len(live)))
+        for process, share in zip(self.processes, shares, strict=False):
+            mine = {"memory": memory, "batches": batches}
+            told = {"cast": cast, "live": live[share], "counts": counts[share], **tree.at(mine, share)}
+            _send(process.stdin, told, {})
+        back = [self._received(process) for process, _ in zip(self.processes, shares, strict=False)]
+        summands, kept = [one["summands"] for one in back], [one.get("memory", {}) for one in back]
+        rows = tree.map(_cat, *summands)
+        return tree.map(lambda x: x.sum(0, keepdim=True), rows) if self.summed else rows, tree.map(_cat, *kept)
+
+    def _received(self, process: subprocess.Popen[bytes]) -> Tree:
+        try:
+            found, said = _receive(process.stdout)
+        except EOFError:
+            code = process.wait()
+            raise Died(
+                f"a process of the simulation ended with {code if code >= 0 else f'signal {-code}'}; where memory was "
+                "short, take fewer simulation.workers or a smaller simulation.block"
+            ) from None
+        if "error" in said:
+            kinds = {kind.__name__: kind for kind in (ConfigError, RefusedError)}
+            raise kinds.get(said["kind"], FedtailorError)(said["error"])
+        return found
+
+
+@contextmanager
+def crew(workers: int, duty: Duty, rows: Part) -> Iterator[Crew]:
+    """Start ``workers`` processes; they end with the context, and with this process, however it ends."""
+    command = [sys.executable, "-P", "-m", "fedtailor.simulations.crew"]
+    environment = os.environ | {"OMP_NUM_THREADS": str(duty.threads)}
+    with Crew(duty.summed) as started:
+        for _ in range(workers):
+            started.processes.append(
+                subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+            )
+        for process in started.processes:
+            _send(process.stdin, {"x": rows.x, "y": rows.y}, duty._asdict())
+        yield started
+
+
+def served(duty: Duty, rows: Part) -> Callable[[Tree], Tree]:
+    """What a process does with a round: a function of what it is told to summands and memories."""
+    plan = Plan.parse(duty.plan)
+    strategy, recipe = strategy_of(plan, sampling=duty.sampling), build(plan.recipe, Recipe)
+    start = recipes.initial(recipe, plan.seed)
+    like = strategy.start(strategy.broadcast(strategy.init(start)), strategy.remember(start))
+    clip = None if plan.record is None else plan.record.clip
+    task = Task(recipe, strategy, plan.local.lr, clip, feed_from(plan, rows, like), duty.block, duty.together)
+    return partial(_round, strategy, forced(duty.path, task), duty)
+
+
+def _round(strategy: Strategy, way: Way, duty: Duty, told: Tree) -> Tree:
+    acc, kept = list[Tree](), list[Tree]()
+    given = told["cast"], told.get("memory", {}), told["batches"], told["live"], told["counts"]
+    for _, summands, mem in in_blocks(way.many, *given, way.block):
+        acc = [strategy.reduce.add(acc[0] if acc else None, summands)] if duty.summed else [*acc, summands]
+        kept.append(mem)
+    found = tree.at(acc[0], None) if duty.summed else tree.map(_cat, *acc)
+    return {"summands": found, "memory": tree.map(_cat, *kept)}
+
+
+def _cat(*parts: Tensor) -> Tensor:
+    return torch.cat(parts)
+
+
+def _send(pipe: IO[bytes] | None, what: Tree, said: dict[str, Any]) -> None:
+    assert pipe is not None
+    tensors = {name: x.contiguous() for name, x in tree.flatten(what).items()}
+    head, raw = json.dumps(said).encode(), save(tensors)
+    try:
+        for piece in (LENGTH.pack(len(head)), head, LENGTH.pack(len(raw)), raw):
+            pipe.write(piece)
+        pipe.flush()
+    except BrokenPipeError:  # it died; whoever waits for its answer says so
+        pass
+
+
+def _receive(pipe: IO[bytes] | None) -> tuple[Tree, dict[str, Any]]:
+    assert pipe is not None
+    head, raw = (_read(pipe, LENGTH.unpack(_read(pipe, LENGTH.size))[0]) for _ in range(2))
+    said: dict[str, Any] = json.loads(head)
+    return tree.unflatten(load(raw)), said
+
+
+def _read(pipe: IO[bytes], count: int) -> bytes:
+    found = pipe.read(count)
+    if len(found) < count:
+        raise EOFError
+    return found
+
+
+def main() -> None:
+    """Serve rounds until the pipe is closed."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints
+    try:
+        rows, said = _receive(sys.stdin.buffer)
+        sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
+        duty = Duty(**said | {"sampling": sampling})
+        torch.set_num_threads(duty.threads)
+        train = served(duty, Part(rows["x"], rows["y"]))
+        while True:
+            told, _ = _receive(sys.stdin.buffer)
+            try:
+                found, said = train(told), {}
+            except Exception as error:  # it ends the simulation there, with its words
+                found, said = {}, {"error": str(error), "kind": type(error).__name__}
+            _send(answers, found, said)
+    except (EOFError, KeyboardInterrupt):
+        return
+
+
+if __name__ == "__main__":
+    main()
