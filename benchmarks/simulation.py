@@ -34,7 +34,8 @@ from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.engine import simulate_round
-from fedtailor.simulations.feed import Feed, seeded
+from fedtailor.simulations.feed import Feed
+from fedtailor.simulations.noise import seeded
 from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.tree import Params
 

@@ -11,7 +11,8 @@ from fedtailor import seeds
 from fedtailor.batches import choices, draw, numbered
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.recipe import Dataset, Part, Recipe
-from fedtailor.simulations.feed import Feed, seeded
+from fedtailor.simulations.feed import Feed
+from fedtailor.simulations.noise import seeded
 from fedtailor.sources import DataSource
 from fedtailor.study import Plan
 from fedtailor.tree import Tree

@@ -13,8 +13,6 @@ from fedtailor.tree import Tree
 Noise = Callable[[Tensor, int], Iterator[Tree]]  # seeds [K], steps -> each step's noise, leaves [K, ...]
 Rooms = dict[str, Tensor]
 
-AT_ONCE = 1 << 16  # numbers of a client's noise: so few are drawn for all steps in one call
-
 
 def room(rooms: Rooms, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Memory that outlives its use, because to ask the system for it anew takes longer than the use. Not cleared."""
@@ -77,25 +75,3 @@ class Feed(NamedTuple):
 
 
 NOTHING = Feed()
-
-
-def seeded(like: Tree, std: float) -> Noise:
-    """Seeded noise of deviation ``std``, for simulations only: one stream a client, for all parameters and steps."""
-    flat = tree.flatten(like)
-    sizes, first = [p.numel() for p in flat.values()], next(iter(flat.values()))
-    total = sum(sizes)
-
-    def noise(numbers: Tensor, steps: int) -> Iterator[Tree]:
-        streams = [torch.Generator().manual_seed(number) for number in numbers.tolist()]
-        at_once = steps if total * steps <= AT_ONCE else 1
-        for step in range(steps):
-            if step % at_once == 0:
-                drawn = torch.empty(len(streams), at_once * total, dtype=first.dtype)
-                for row, stream in zip(drawn.unbind(), streams, strict=True):
-                    row.normal_(0.0, std, generator=stream)
-                drawn = drawn.to(first.device)
-            now = drawn[:, step % at_once * total :][:, :total]
-            parts = zip(flat.items(), torch.split(now, sizes, 1), strict=True)
-            yield tree.unflatten({name: part.view(len(streams), *p.shape) for (name, p), part in parts})
-
-    return noise

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from scipy import stats
 
 from fedtailor import tree
 from fedtailor.batches import draw, pack
@@ -9,8 +10,9 @@ from fedtailor.config import build
 from fedtailor.errors import RefusedError
 from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Part, Recipe
-from fedtailor.simulations import cohort, feed, setting
-from fedtailor.simulations.feed import seeded
+from fedtailor.simulations import cohort, setting
+from fedtailor.simulations import noise as noise_of
+from fedtailor.simulations.noise import seeded
 from fedtailor.simulations.run import simulate
 
 PRIVACY = {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0}
@@ -39,7 +41,7 @@ def test_every_site_sees_the_rows_that_it_would_draw_in_a_deployment(plan, sourc
 def test_noise_is_its_clients_own_whatever_the_block():
     noise, numbers = seeded(LIKE, 2.0), torch.arange(300)
     for together in (10**9, 0):  # drawn for all steps at once, and step by step
-        feed.AT_ONCE = together
+        noise_of.AT_ONCE = together
         steps = list(noise(numbers, 4))
         alone = [list(noise(numbers[k : k + 1], 4)) for k in (0, 77)]
         for k, own in zip((0, 77), alone, strict=True):
@@ -54,11 +56,27 @@ def test_noise_is_its_clients_own_whatever_the_block():
         assert len(parts.unique(dim=0)) == len(parts) == 4 * 2 * len(numbers)
 
 
+def test_noise_is_normal_and_the_same_on_every_machine():
+    like = {"w": torch.zeros(50_000)}
+    (step,) = seeded(like, 1.0)(torch.tensor([3]), 1)
+    drawn = step["w"][0]
+    assert stats.kstest(drawn.double().numpy(), "norm").pvalue > 1e-4
+    assert drawn.double().var().item() == pytest.approx(1.0, abs=0.03) and 3.5 < drawn.abs().max() < 4.33
+    moments = [float(((drawn.double() ** k).mean() - m) / s) for k, m, s in ((3, 0, 15**0.5), (4, 3, 96**0.5))]
+    assert all(abs(z) < 4 / 50_000**0.5 for z in moments)
+    assert abs(float((drawn[1:] * drawn[:-1]).mean())) < 4 / 50_000**0.5
+    torch.testing.assert_close(
+        drawn[:3], torch.tensor([1.2109040021896362, -0.10501269996166229, 0.05596763640642166]), rtol=1e-6, atol=0
+    )
+    double = {"w": torch.zeros(3, dtype=torch.double)}
+    assert next(seeded(double, 1.0)(torch.tensor([3]), 1))["w"].dtype == torch.double
+
+
 @pytest.fixture(autouse=True)
 def at_once():
-    before = feed.AT_ONCE
+    before = noise_of.AT_ONCE
     yield
-    feed.AT_ONCE = before
+    noise_of.AT_ONCE = before
 
 
 def emptied(monkeypatch, *sites):
