@@ -1,4 +1,4 @@
-"""The picture of a run: how each site fared over the rounds."""
+"""The picture of a run, how each site fared over the rounds; and of many, how their models did."""
 
 import io
 from typing import Any, NamedTuple
@@ -17,24 +17,28 @@ class Curve(NamedTuple):
     alone: float | None  # what the site reached without the others
 
 
+class Band(NamedTuple):
+    """The line of runs that differ by their seed alone."""
+
+    label: str
+    points: list[tuple[int, float, float | None]]  # rounds trained, mean, half of the 95 % interval
+
+
+NO_LIBRARY = "matplotlib is not installed: pip install 'fedtailor[plots]'"
+
+
 def rounds_png(result: Result) -> tuple[bytes | None, str]:
     """A site's metric over the rounds, solid, and what the site reached alone, dashed.
 
     Returns:
         the picture and ``""``, or None and why there is none.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
-    except ImportError:
-        return None, "matplotlib is not installed: pip install 'fedtailor[plots]'"
+    if not _library():
+        return None, NO_LIBRARY
     metric, lines = curves(result)
     if not lines:
         return None, "no metric was estimable at any site in any round"
-    figure = Figure(figsize=(7.6, 4.4), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: it keeps global state and looks for a display
-    axes = figure.subplots()
+    figure, axes = _drawing()
     for i, line in enumerate(lines):
         colour, marker = PALETTE[i % len(PALETTE)], MARKERS[i % len(MARKERS)]
         axes.plot(*zip(*line.points, strict=True), color=colour, marker=marker, markersize=3.5, lw=1.6, label=line.site)
@@ -44,18 +48,68 @@ def rounds_png(result: Result) -> tuple[bytes | None, str]:
         axes.plot([], [], color="#555555", linestyle=(0, (5, 3)), linewidth=1, label="the site alone")
     for site in sorted(set(result.sites) - {line.site for line in lines}):
         axes.plot([], [], linestyle="none", label=f"{site}: not estimable")
+    axes.set_title(f"{result.study}: the shared model at each site", loc="left", fontsize=11)
+    return _finished(figure, axes, f"{_name(metric)} on the site's held-out rows"), ""
+
+
+def bands_png(metric: str, bands: list[Band]) -> tuple[bytes | None, str]:
+    """A metric over the rounds, a line for each band and its 95 % interval over seeds as a shade.
+
+    Returns:
+        the picture and ``""``, or None and why there is none.
+    """
+    if not _library():
+        return None, NO_LIBRARY
+    bands = [band for band in bands if band.points]
+    if not bands:
+        return None, "no metric was estimable in any round"
+    figure, axes = _drawing()
+    for i, band in enumerate(bands):
+        colour, marker = PALETTE[i % len(PALETTE)], MARKERS[(i + i // len(PALETTE)) % len(MARKERS)]
+        rounds, means, halves = zip(*band.points, strict=True)
+        axes.plot(rounds, means, color=colour, marker=marker, markersize=3.5, lw=1.6, label=band.label)
+        low = [mean - (half or 0.0) for mean, half in zip(means, halves, strict=True)]
+        high = [mean + (half or 0.0) for mean, half in zip(means, halves, strict=True)]
+        axes.fill_between(rounds, low, high, color=colour, alpha=0.15, linewidth=0)
+    axes.set_title("mean over sites, by rows; shades: 95 % over seeds", loc="left", fontsize=11)
+    return _finished(figure, axes, f"{_name(metric)} on held-out rows"), ""
+
+
+def _name(metric: str) -> str:
+    return metric.upper() if metric in ("auroc", "auprc") else metric
+
+
+def _library() -> bool:
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def _drawing() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.6, 4.4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)  # no pyplot: it keeps global state and looks for a display
+    return figure, figure.subplots()
+
+
+def _finished(figure: Any, axes: Any, metric: str) -> bytes:
+    from matplotlib.ticker import MaxNLocator
+
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02, y=0.08)
     axes.set_xlabel("rounds trained")
-    axes.set_ylabel(f"{metric.upper() if metric in ('auroc', 'auprc') else metric} on the site's held-out rows")
-    axes.set_title(f"{result.study}: the shared model at each site", loc="left", fontsize=11)
+    axes.set_ylabel(metric)
     axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9)  # never over a line
     axes.grid(alpha=0.2)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     out = io.BytesIO()
     figure.savefig(out, format="png")
-    return out.getvalue(), ""
+    return out.getvalue()
 
 
 def curves(result: Result) -> tuple[str, list[Curve]]:

@@ -13,6 +13,7 @@ from fedtailor.report import write_run
 from fedtailor.result import Result
 from fedtailor.simulations import policies
 from fedtailor.simulations.clients import sampling_of
+from fedtailor.simulations.conclusion import epsilon_of
 from fedtailor.simulations.run import simulate as run_study
 from fedtailor.simulations.setting import OnEvent
 from fedtailor.study import Plan
@@ -88,6 +89,13 @@ def resolved(experiment: Experiment) -> Plan:
     """The plan with all that its privacy leaves open filled in."""
     plan, population = experiment.plan, experiment.simulation.population
     return resolve(plan, None if population is None else sampling_of(plan, population))
+
+
+def spent(experiment: Experiment, rounds: int) -> float:
+    """The epsilon of the first ``rounds`` rounds, for whoever was asked in each; 0 without privacy."""
+    plan, population = resolved(experiment), experiment.simulation.population
+    rate = 1.0 if population is None else sampling_of(plan, population).rate
+    return epsilon_of(plan, rounds, rate) or 0.0
 
 
 def overrides_of(settings: Mapping[str, Any]) -> list[str]:

@@ -43,7 +43,7 @@ def concluded(study: Setting, at: Standing, began: float, setup_s: float) -> tup
     rows = {site: len(data[site].train.y) for site in plan.sites}
     params = model_in(strategy.broadcast(at.state))
     rate = 1.0 if of is None else sampling_of(plan, of).rate
-    spent, cast = _epsilon(plan, rate), received(plan, strategy, at.state) if of is None else 0
+    spent, cast = epsilon_of(plan, plan.rounds, rate), received(plan, strategy, at.state) if of is None else 0
     kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
     if own:
         kinds["personal"] = own
@@ -101,11 +101,11 @@ def personal(
     return {site: recipes.evaluate(recipe, own[site], one.test) for site, one in data.items()}
 
 
-def _epsilon(plan: Plan, rate: float) -> float | None:
-    """Of whoever is asked in every round; of a secret sample, of everybody."""
+def epsilon_of(plan: Plan, rounds: int, rate: float) -> float | None:
+    """Of the first ``rounds`` rounds, for whoever is asked in each; of a secret sample, for everybody."""
     if plan.site is not None:
-        return epsilon_after(plan.site, plan.rounds, rate)
+        return epsilon_after(plan.site, rounds, rate)
     if plan.record is None or plan.record.noise_multiplier is None:
         return None
     charge = Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
-    return epsilon([charge] * plan.rounds, plan.record.delta)
+    return epsilon([charge] * rounds, plan.record.delta)

@@ -104,7 +104,8 @@ def simulate(
                 gone = [] if study.gate is None else study.gate.dropped
                 standing.save(checkpoint, at, {"sent": study.sent, "dropped": gone}, digest)
                 saved = time.monotonic() - began
-            on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
+            done = {"round": at.round, "clients": len(study.clients.asked(at.round - 1)), "seconds": at.round_s[-1]}
+            on_event({"kind": "round", "rounds": plan.rounds} | done)
     return concluded(study, at, began, setup_s)
 
 

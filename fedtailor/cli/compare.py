@@ -18,6 +18,9 @@ from fedtailor.cli.options import Json, show
 from fedtailor.errors import ConfigError, StoreError
 
 NAMED = ("seed", "study", "strategy._target_")  # settings that have columns of their own, or are what a row is over
+Plot = Annotated[
+    Path | None, typer.Option(help="Also draw the metric over the rounds, a line for each row: a PNG file.")
+]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file, with all digits.")]
 
 
@@ -44,6 +47,7 @@ class Row(NamedTuple):
     settings: dict[str, str]  # those that are not the same in all rows
     seeds: list[int]
     metrics: dict[str, Mean]  # of the federated model; "own …" where each site has a model of its own
+    rounds: dict[str, list[tuple[int, Mean]]]  # of the federated model's metrics: after so many rounds
     epsilon: float | None  # the greatest of any site in any of the runs
     seconds: float  # a run, their mean
 
@@ -51,6 +55,7 @@ class Row(NamedTuple):
 def compare(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Every run folder in it, at any depth, is compared.")],
     csv: Csv = None,
+    plot: Plot = None,
     json: Json = False,
 ) -> None:
     """Compare runs: what differs between them, metrics with 95 % intervals over seeds, epsilon, seconds."""
@@ -65,6 +70,8 @@ def compare(
     rows = compared(runs)
     if csv is not None:
         _write(csv, rows)
+    if plot is not None:
+        _draw(plot, rows)
     if not show({"rows": [row._asdict() for row in rows], "wrong": wrong}, json) and rows:
         Console().print(shown(rows))
     for text in wrong:
@@ -132,11 +139,22 @@ def compared(runs: Sequence[Run]) -> list[Row]:
                 settings={name: some[0].settings.get(name, "") for name in differ},
                 seeds=sorted({run.result.seed for run in some}),
                 metrics=found,
+                rounds={name: _by_round(some, name) for name in names},
                 epsilon=max(spent, default=None),
                 seconds=fmean(run.result.timing.wall_s for run in some),
             )
         )
     return rows
+
+
+def _by_round(runs: Sequence[Run], name: str) -> list[tuple[int, Mean]]:
+    """A metric's mean over the sites, by the rounds trained before it, where it was estimable."""
+    at: dict[int, list[tuple[int, float | None]]] = {}
+    for run in runs:
+        for entry in run.result.history:
+            at.setdefault(entry["round"], []).append((run.result.seed, entry["metrics"].get(name)))
+    means = [(round, _mean(measured)) for round, measured in sorted(at.items())]
+    return [(round, mean) for round, mean in means if mean.mean is not None]
 
 
 def _mean(measured: Sequence[tuple[int, float | None]]) -> Mean:
@@ -201,6 +219,26 @@ def _at_most(epsilon: float) -> str:
     from fedtailor.card import at_most
 
     return at_most(epsilon)
+
+
+def _draw(path: Path, rows: Sequence[Row]) -> None:
+    from fedtailor import store
+    from fedtailor.plots import Band, bands_png
+
+    columns, _ = _telling(rows)
+    metric = next((name for row in rows for name, points in row.rounds.items() if points), None)
+    bands = [
+        Band(
+            " ".join([row.strategy, *(f"{name}={row.settings[name]}" for name in columns if row.settings[name])]),
+            [(round, mean.mean or 0.0, mean.half) for round, mean in row.rounds.get(metric, [])],
+        )
+        for row in rows
+        if metric is not None
+    ]
+    picture, why = bands_png(metric or "", bands)
+    if picture is None:
+        raise ConfigError(f"--plot {path}: {why}")
+    store.write_bytes(path, picture, mode=0o644)
 
 
 def _write(path: Path, rows: Sequence[Row]) -> None:

@@ -1,6 +1,6 @@
 """``fedtailor simulate``: the same study, without a network."""
 
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -44,7 +44,7 @@ def simulate(
     with progress() as shown:
         if (folder / CHECKPOINT).exists() and not resume:
             shown.console.print(f"{folder} holds an interrupted run, which this one replaces; --resume goes on with it")
-        done = completed(experiment, folder, resume, followed(shown, experiment.plan.study, experiment.plan.rounds))
+        done = completed(experiment, folder, resume, followed(shown, experiment.plan.study, experiment))
     if not show(done.result.model_dump(mode="json", by_alias=True), json):
         Console().print(console_table(done.result))
         Console().print(f"run folder: {folder}")
@@ -67,17 +67,25 @@ def progress() -> Progress:
         BarColumn(),
         TextColumn("{task.completed}/{task.total}"),
         TimeElapsedColumn(),
+        TextColumn("{task.fields[said]}"),
     )
     return Progress(*columns, console=Console(stderr=True), transient=True)
 
 
-def followed(shown: Progress, name: str, rounds: int) -> Callable[[dict[str, Any]], None]:
-    """Show the rounds of one simulation as they end."""
-    task = shown.add_task(f"simulating {name}", total=rounds)
+def followed(shown: Progress, name: str, experiment: "Experiment") -> "OnEvent":
+    """Show the rounds of one simulation as they end: clients a second, and once a second what they have spent."""
+    from fedtailor.simulations.composed import spent
+
+    task = shown.add_task(f"simulating {name}", total=experiment.plan.rounds, said="")
+    told, epsilon = -1.0, ""
 
     def on_event(event: dict[str, Any]) -> None:
+        nonlocal told, epsilon
         if event.get("kind") == "round":
-            shown.update(task, completed=event["round"])
+            if time.monotonic() - told > 1 and experiment.plan.privacy is not None:
+                epsilon, told = f" ε {spent(experiment, event['round']):.2f}", time.monotonic()
+            rate = f"{event['clients'] / event['seconds']:,.0f} clients/s" if event.get("seconds") else ""
+            shown.update(task, completed=event["round"], said=f"{rate}{epsilon}")
         if event.get("kind") == "path" and event["why"]:
             shown.console.print(f"clients are trained by {event['path']}, {event['block']} at once: {event['why']}")
 

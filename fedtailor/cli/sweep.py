@@ -28,7 +28,7 @@ def sweep(overrides: Sequence[str], root: Path, resume: bool, json: bool) -> Non
     fixed, chosen = config.sweep(overrides)
     runs: list[dict[str, object]] = []
     with progress() as shown:
-        task = shown.add_task("runs", total=len(chosen))
+        task = shown.add_task("runs", total=len(chosen), said="")
         for each in chosen:
             folder = root / named(each or fixed)
             error = None
@@ -38,7 +38,7 @@ def sweep(overrides: Sequence[str], root: Path, resume: bool, json: bool) -> Non
                 experiment = config.load([*fixed, *each])
                 if not done_before(folder, experiment):
                     (folder / "result.json").unlink(missing_ok=True)
-                    completed(experiment, folder, resume, followed(shown, folder.name, experiment.plan.rounds))
+                    completed(experiment, folder, resume, followed(shown, folder.name, experiment))
             except FedtailorError as failure:
                 error = str(failure)
             except Exception as failure:  # what one combination breaks must not take the others along

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from io import StringIO
 
 import pytest
@@ -136,3 +137,29 @@ def test_populations_are_told_apart(tmp_path):
         of = {"partition": "dirichlet_split", "clients": 50, "cohort": 10, "alpha": alpha}
         write(tmp_path / f"{alpha}", 0.8, population=of)
     assert [row["settings"] for row in rows_of(tmp_path)] == [{"population.alpha": "0.1"}, {"population.alpha": "1.0"}]
+
+
+def test_the_rounds_are_drawn_a_line_for_each_row(tmp_path):
+    pytest.importorskip("matplotlib")
+    for seed, last in ((0, 0.8), (1, 0.9)):
+        history = [
+            {"round": r, "sites": {}, "metrics": {"auroc": v, "accuracy": None}} for r, v in ((0, None), (5, last))
+        ]
+        write(tmp_path / f"{seed}", last, seed=seed, history=history)
+    write(tmp_path / "other", 0.7, "local.lr=0.25")
+    one, other = rows_of(tmp_path, "--plot", str(tmp_path / "all.png"))
+    assert one["rounds"] == {
+        "auroc": [[5, [pytest.approx(0.85), pytest.approx(12.7062 * 0.05, rel=1e-4), 2]]],
+        "accuracy": [],
+    }
+    assert other["rounds"]["auroc"] == [] and (tmp_path / "all.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
+    write(tmp_path / "a", 0.8)
+    run = CliRunner().invoke(app, ["compare", str(tmp_path), "--plot", str(tmp_path / "all.png")])
+    assert run.exit_code != 0 and "no metric was estimable in any round" in str(run.exception)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    run = CliRunner().invoke(app, ["compare", str(tmp_path), "--plot", str(tmp_path / "all.png")])
+    assert "matplotlib is not installed: pip install 'fedtailor[plots]'" in str(run.exception)
+    assert not (tmp_path / "all.png").exists()
