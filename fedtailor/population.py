@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
 
 
 class Population(BaseModel):
@@ -12,6 +12,9 @@ class Population(BaseModel):
     partition: Literal["iid", "dirichlet_split", "dirichlet_mixture", "shards", "pathological", "quantity", "drawn"]
     clients: Annotated[int, Field(ge=1, le=1_000_000_000)]
     cohort: PositiveInt  # clients of a round; on average, where privacy is of whole clients: those rounds are drawn
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance that a client that was asked does not answer
+    step_s: PositiveFloat | None = None  # virtual seconds of the median client's local step; None: no clock
+    step_spread: Annotated[float, Field(ge=0, le=5)] = 0.0  # of its logarithm, over the clients
 
     @model_validator(mode="after")
     def _within(self) -> Self:

@@ -84,6 +84,7 @@ class Timing(Frozen):
     wall_s: NonNegativeFloat
     setup_s: NonNegativeFloat
     round_s: list[NonNegativeFloat]  # each round, in order
+    virtual_s: list[NonNegativeFloat] = []  # each round by the clock of a simulated population
     work_s: list[NonNegativeFloat] = []  # the slowest site's own work in each round
 
 

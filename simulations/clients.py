@@ -4,6 +4,7 @@ A population is dealt out of all sites' training rows. What a round costs depend
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -17,6 +18,7 @@ from fedtailor.privacy.planning import Sampling
 from fedtailor.recipe import Dataset
 from fedtailor.simulations import partitions
 from fedtailor.simulations.cohort import batches_of, fed
+from fedtailor.simulations.devices import Answers, answers
 from fedtailor.simulations.drawn import drawn
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
@@ -33,9 +35,10 @@ class Fed(NamedTuple):
 class Clients(NamedTuple):
     """Who there is."""
 
-    asked: Callable[[int], list[int]]  # round -> the numbers of its clients, ascending
+    asked: Callable[[int], list[int]]  # round -> the numbers of its clients that answer, ascending
     fed: Callable[[int, Sequence[int]], Fed]  # round, clients -> what they train on
     many: int  # in a round, at most or on average
+    lasts: Callable[[int], float | None] = lambda round: None  # virtual seconds of a round
 
 
 PARTITIONS: dict[str, Callable[..., "Dealt"]] = {
@@ -80,19 +83,22 @@ def population(plan: Plan, data: Mapping[str, Dataset], of: Population) -> Clien
     dealt = deal(torch.cat([one.train.y for one in data.values()]), of, plan.seed)
     secret = sampling_of(plan, of).rate < 1
 
-    def asked(round: int) -> list[int]:
+    @lru_cache(maxsize=2)  # of this round and the one before
+    def answered(round: int) -> Answers:
         rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round))
         size = rng.binomial(of.clients, of.cohort / of.clients) if secret else of.cohort
         chosen: list[int] = np.sort(rng.choice(of.clients, size, replace=False, shuffle=False)).tolist()
-        return [k for k, rows in zip(chosen, dealt.sizes(chosen).tolist(), strict=True) if rows]
+        rows = dealt.sizes(chosen).tolist()
+        return answers(plan, of, round, [k for k, some in zip(chosen, rows, strict=True) if some])
 
     def of_round(round: int, clients: Sequence[int]) -> Fed:
         rows = [dealt.of(k) for k in clients]
         counts = [len(mine) for mine in rows]
         batches = fed(plan, [f"client {k}" for k in clients], counts, round, torch.cat(rows))
-        return Fed(batches, torch.ones(len(rows), plan.local.steps), torch.tensor(counts).float())
+        live = (torch.arange(plan.local.steps) < answered(round).taken[:, None]).float()
+        return Fed(batches, live, torch.tensor(counts).float())
 
-    return Clients(asked, of_round, of.cohort)
+    return Clients(lambda round: answered(round).clients, of_round, of.cohort, lambda round: answered(round).lasts)
 
 
 def sampling_of(plan: Plan, of: Population) -> Sampling:

@@ -65,7 +65,7 @@ def concluded(study: Setting, at: Standing, began: float, setup_s: float) -> tup
         privacy=None
         if plan.privacy is None or spent is None
         else privacy_result(plan.privacy, spent, None if of is None else of.partition, rate),
-        timing=Timing(wall_s=time.monotonic() - began, setup_s=setup_s, round_s=at.round_s),
+        timing=Timing(wall_s=time.monotonic() - began, setup_s=setup_s, round_s=at.round_s, virtual_s=at.virtual_s),
         transport=None,
         engine="simulation",
         seed=plan.seed,

@@ -134,6 +134,8 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
             state, kept, clock, old = buffered_round(study.plan, *given, clock, study.seconds, study.keep)
             stale += old
         memory = tree.map(partial(_put, rows), memory, tree.bare(kept))
+    elif study.plan.site is None:
+        raise RefusedError(f"round {round}: nobody answers; ask more clients, or wait longer", code="quorum")
     else:  # a sample that nobody is in: its noise is in the model all the same
         nothing = tree.map(
             lambda x: torch.zeros_like(x)[None], standing_still(strategy, study.start, study.plan.local.lr)
@@ -144,7 +146,9 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
         if len(now.sites) - len(out) < study.plan.quorum:
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
     round_s = [*at.round_s, time.monotonic() - began]
-    return Standing(round + 1, state, memory, known, clock, block, stale, history, round_s)
+    lasted = study.clients.lasts(round)
+    virtual_s = at.virtual_s if lasted is None else [*at.virtual_s, lasted]
+    return Standing(round + 1, state, memory, known, clock, block, stale, history, round_s, virtual_s)
 
 
 def recalled(memory: Tree, known: list[int], asked: list[int], fresh: Tree) -> tuple[Tree, list[int], Tensor]:

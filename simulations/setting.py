@@ -157,8 +157,10 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
     """
     if policies is not None:
         raise ConfigError("simulation.policy: is a site's, and the clients of a population are no sites; use null")
-    if plan.buffer is not None or plan.local.within_s is not None:
-        raise ConfigError("buffer, local.within_s: a population's clients have no clock yet; use null")
+    if plan.buffer is not None:
+        raise ConfigError("buffer: a population's rounds wait for its cohort, or until deadline_s; use null")
+    if plan.local.within_s is not None and population.step_s is None:
+        raise ConfigError("local.within_s: the population has no clock; give population.step_s, or use null")
     told = (plan.strategy.model_extra or {}).get("population")
     if told is not None and told != population.clients:
         raise ConfigError(

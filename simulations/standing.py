@@ -26,9 +26,10 @@ class Standing:
     stale: list[dict[str, Any]] = field(default_factory=list)  # answers that were too old to count
     history: list[dict[str, Any]] = field(default_factory=list)
     round_s: list[float] = field(default_factory=list)
+    virtual_s: list[float] = field(default_factory=list)
 
 
-NUMBERS = ("round", "known", "block", "stale", "history", "round_s")  # what a checkpoint's header holds
+NUMBERS = ("round", "known", "block", "stale", "history", "round_s", "virtual_s")  # what a checkpoint's header holds
 
 
 def save(path: Path, at: Standing, also: Mapping[str, Any], digest: str) -> None:
