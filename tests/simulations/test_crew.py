@@ -71,6 +71,8 @@ def test_a_run_of_two_goes_on_from_its_checkpoint(plan, sources, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         simulate(plan(**QUIET), sources, **at, on_event=stop)
+    with pytest.raises(ConfigError, match="other settings"):  # sums of other parts are rounded otherwise
+        simulate(plan(**QUIET), sources, **at | {"workers": 1}, resume=True)
     again = simulate(plan(**QUIET), sources, **at, resume=True)[1]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 

@@ -102,6 +102,30 @@ def test_what_whole_clients_spend_is_a_poisson_samples_and_the_noise_is_calibrat
         simulate(plan(privacy=turns, quorum=1), sources, population=people())
 
 
+def test_what_is_divided_by_is_the_cohort_whoever_was_drawn(plan, sources):
+    site = {"unit": "site", "epsilon": 8.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 1.0}
+    study = ready(plan(privacy=site), sources, people(clients=20, cohort=5))
+    state = study.begin().state
+    for drawn in (0.0, 9.0):
+        total = {"delta": tree.map(lambda p: torch.full_like(p, 1e6), study.start), "weight": torch.tensor(drawn)}
+        after = study.strategy.apply(state, total, 0)["params"]
+        moved = torch.cat([(after[name] - p).flatten() for name, p in study.start.items()])
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e6 / 5), rtol=1e-4, atol=0)
+
+
+def test_what_a_client_draws_does_not_depend_on_who_else_is_asked(plan, sources):
+    record = {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0}
+    clients = ready(plan(privacy=record), sources, people()).clients
+    asked = clients.asked(0)
+    together = clients.fed(0, asked)
+    for place, client in enumerate(asked):
+        alone = clients.fed(0, [client])
+        for name in ("seed", "noise_seed", "scale"):
+            assert torch.equal(alone.batches[name][0], together.batches[name][place])
+        seen = [b["rows"][k][b["live"][k] > 0] for b, k in ((alone.batches, 0), (together.batches, place))]
+        assert torch.equal(*seen) and alone.counts[0] == together.counts[place]
+
+
 def test_a_round_that_asks_nobody_still_has_its_noise(plan, sources):
     site = {"unit": "site", "epsilon": 8.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 1.0}
     made = plan(privacy=site, **QUIET, rounds=40)
@@ -177,6 +201,7 @@ def test_drawn_clients_follow_the_prior_or_their_own_mixture():
     alike = drawn(y, 10**9, 50, seed=0)
     rows = torch.cat([alike.of(k) for k in range(200)])
     assert torch.equal(alike.of(7), alike.of(7)) and not torch.equal(alike.of(7), alike.of(8))
+    assert not any(torch.equal(alike.of(7), alike.of(7 + 10**power)) for power in range(9))
     assert stats.binomtest(int(y[rows].sum()), len(rows), 0.25).pvalue > 1e-4
     assert stats.chisquare(np.bincount(rows[y[rows] == 1] - 300, minlength=100)).pvalue > 1e-4
     skewed = drawn(y, 10**9, 50, seed=0, alpha=0.1)
