@@ -150,6 +150,9 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     stamp = kept.stat().st_mtime_ns
     assert CliRunner().invoke(app, [*words, "seed=1", "+simulation.step_s.va=2.0", "--resume"]).exit_code == 0
     assert kept.stat().st_mtime_ns != stamp, "by another clock"
+    stamp, of = kept.stat().st_mtime_ns, ["population=iid", "population.clients=20", "population.cohort=5"]
+    assert CliRunner().invoke(app, [*words, "seed=1", "+simulation.step_s.va=2.0", *of, "--resume"]).exit_code == 0
+    assert kept.stat().st_mtime_ns != stamp, "of a population"
     rules, stamp = tmp_path / "rules.yaml", kept.stat().st_mtime_ns
     for text in ("", "max_rounds: 50\n"):
         rules.write_text("studies: [heart]\nepsilon: 9\ndelta: 1e-3\nwithout_privacy: true\n" + text)
