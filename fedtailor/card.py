@@ -2,6 +2,7 @@
 
 import math
 from decimal import Decimal
+from typing import Any
 
 import yaml
 
@@ -83,10 +84,11 @@ def _data(result: Result) -> list[str]:
 def _recipe(result: Result, plan: Plan) -> list[str]:
     used = {"recipe": plan.recipe, "strategy": plan.strategy}
     spec = yaml.safe_dump({k: v.model_dump(mode="json", by_alias=True) for k, v in used.items()}, sort_keys=False)
-    local = plan.local
+    local, of = plan.local, result.population
+    who = "every site" if of is None else f"some {of['cohort']} of {of['clients']} virtual clients"
     return [
-        f"{result.rounds} of {plan.rounds} rounds; in each, every site took {local.steps} steps, each on a random "
-        f"{100 * local.rate:g} % of its training rows, at learning rate {local.lr:g}. Seed {result.seed}, engine "
+        f"{result.rounds} of {plan.rounds} rounds; in each, {who} took {local.steps} steps, each on a random "
+        f"{100 * local.rate:g} % of its training rows{_dealt(of)}, at learning rate {local.lr:g}. Seed {result.seed}, engine "
         f"`{result.engine}`, {_transport(result)}.",
         "",
         "```yaml",
@@ -95,6 +97,10 @@ def _recipe(result: Result, plan: Plan) -> list[str]:
         "",
         f"The whole plan is in `config.yaml`; its SHA-256 is `{plan.digest()}`.",
     ]
+
+
+def _dealt(of: dict[str, Any] | None) -> str:
+    return "" if of is None else f" (all sites' training rows were dealt out to the clients: `{of['partition']}`)"
 
 
 def _transport(result: Result) -> str:
@@ -148,11 +154,20 @@ def _privacy(result: Result) -> list[str]:
     if result.engine == "simulation":
         return [
             "**This file is not private and must not be released.** It was simulated: its noise came from a seed that is "
-            "in this card, and can be subtracted. The statement below is what the same study gives in a deployment.",
+            f"in this card, and can be subtracted. The statement below is {_whose(stated, result)}.",
             "",
             *_statement(stated, result),
         ]
     return _statement(stated, result)
+
+
+def _whose(stated: PrivacyResult, result: Result) -> str:
+    if result.population is None or stated.unit == "record":
+        return "what the same study gives in a deployment"
+    return (
+        "of the simulated clients, each a site of its own; a deployment of this plan has none of them, asks its sites in "
+        "every round, and has nothing of what drawing clients in secret saves"
+    )
 
 
 def _statement(stated: PrivacyResult, result: Result) -> list[str]:

@@ -127,6 +127,7 @@ class Result(BaseModel):
     status: Ending = "completed"
     dropped: Annotated[list[dict[str, Any]], AfterValidator(_checked(Dropped))] = []  # each a Dropped
     population: dict[str, Any] | None = None  # of a simulation with more clients than sites: how rows were dealt out
+    simulation: dict[str, Any] | None = None  # its settings that change a result and are in no plan
     history: Annotated[list[dict[str, Any]], AfterValidator(_checked(Evaluated))] = []  # each an Evaluated
 
 

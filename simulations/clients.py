@@ -14,7 +14,9 @@ from torch import Tensor
 from fedtailor import seeds
 from fedtailor.errors import ConfigError
 from fedtailor.population import Population
+from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import Sampling
+from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset
 from fedtailor.simulations import partitions
 from fedtailor.simulations.cohort import batches_of, fed
@@ -106,6 +108,16 @@ def sampling_of(plan: Plan, of: Population) -> Sampling:
     return Sampling(of.cohort, of.cohort / of.clients if plan.site is not None else 1.0)
 
 
+def epsilon_of(plan: Plan, rounds: int, rate: float) -> float | None:
+    """Of the first ``rounds`` rounds, for whoever is asked in each; of a secret sample, for everybody."""
+    if plan.site is not None:
+        return epsilon_after(plan.site, rounds, rate)
+    if plan.record is None or plan.record.noise_multiplier is None:
+        return None
+    charge = Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
+    return epsilon([charge] * rounds, plan.record.delta)
+
+
 def deal(y: Tensor, of: Population, seed: int) -> Dealt:
     """Deal the rows of labels ``y`` out.
 
@@ -116,7 +128,8 @@ def deal(y: Tensor, of: Population, seed: int) -> Dealt:
         return PARTITIONS[of.partition](y, clients=of.clients, seed=seed, **of.options)
     except ConfigError as error:
         raise ConfigError(f"population={of.partition}: {error}") from error
-    except TypeError as error:
+    except (TypeError, ValueError, LookupError) as error:  # a word for a number, say
+        given = ", ".join(f"{name}={value!r}" for name, value in of.options.items())
         raise ConfigError(
-            f"population={of.partition}: {str(error).replace('()', '')}; see its settings in configs/population"
+            f"population={of.partition}, {given}: {str(error).replace('()', '')}; see its settings in configs/population"
         ) from error

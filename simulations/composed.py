@@ -7,14 +7,14 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from fedtailor import store
 from fedtailor.config import Experiment, build, groups, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy.planning import resolve
 from fedtailor.report import write_run
 from fedtailor.result import Result
 from fedtailor.simulations import policies
-from fedtailor.simulations.clients import sampling_of
-from fedtailor.simulations.conclusion import epsilon_of
+from fedtailor.simulations.clients import epsilon_of, sampling_of
 from fedtailor.simulations.run import simulate as run_study
 from fedtailor.simulations.setting import OnEvent
 from fedtailor.study import Plan
@@ -66,7 +66,7 @@ def run(
         checkpoint: where to write how far it is.
         resume: go on from there.
     """
-    simulation, plan = experiment.simulation, resolved(experiment)
+    simulation, plan, said = experiment.simulation, resolved(experiment), told(experiment)
     sources: dict[str, Any] = build(simulation.data, dict)
     rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
     with _threads(simulation.threads):
@@ -84,7 +84,16 @@ def run(
             resume=resume,
             on_event=on_event,
         )
-    return Simulated(result, params, plan)
+    return Simulated(result.model_copy(update={"simulation": said}), params, plan)
+
+
+def told(experiment: Experiment) -> dict[str, Any]:
+    """What ``result.json`` says of a simulation, beside its plan and population: where data come from, rules and clock."""
+    simulation = experiment.simulation
+    said: dict[str, Any] = simulation.model_dump(mode="json", by_alias=True, include={"data", "step_s"})
+    if simulation.policy is not None:
+        said["policy"] = {"path": str(simulation.policy), "sha256": store.digest(simulation.policy)}
+    return said
 
 
 @contextmanager

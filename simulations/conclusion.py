@@ -6,17 +6,14 @@ from collections.abc import Mapping
 from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.baseline import train_alone
-from fedtailor.privacy.accounting import Charge, epsilon
-from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset, Metrics, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
-from fedtailor.simulations.clients import sampling_of
+from fedtailor.simulations.clients import epsilon_of, sampling_of
 from fedtailor.simulations.policies import Gate
 from fedtailor.simulations.setting import Setting
 from fedtailor.simulations.standing import Standing
 from fedtailor.simulations.traffic import received
 from fedtailor.strategy import Strategy, model_in
-from fedtailor.study import Plan
 from fedtailor.tree import Params, Tree
 
 
@@ -24,7 +21,7 @@ def concluded(study: Setting, at: Standing, began: float, setup_s: float) -> tup
     """The result and the final parameters.
 
     Args:
-        began: when the simulation did, by the monotonic clock.
+        began: when the simulation did, by the monotonic clock; earlier by what processes before this one took.
         setup_s: seconds before its first round.
     """
     plan, recipe, strategy, data, gate = study.plan, study.recipe, study.strategy, study.data, study.gate
@@ -99,13 +96,3 @@ def personal(
     cast = strategy.broadcast(state)
     own = {site: strategy.personal(cast, tree.at(memory, k)) for k, site in enumerate(data)}
     return {site: recipes.evaluate(recipe, own[site], one.test) for site, one in data.items()}
-
-
-def epsilon_of(plan: Plan, rounds: int, rate: float) -> float | None:
-    """Of the first ``rounds`` rounds, for whoever is asked in each; of a secret sample, for everybody."""
-    if plan.site is not None:
-        return epsilon_after(plan.site, rounds, rate)
-    if plan.record is None or plan.record.noise_multiplier is None:
-        return None
-    charge = Charge(plan.record.noise_multiplier, plan.local.rate, plan.local.steps)
-    return epsilon([charge] * rounds, plan.record.delta)

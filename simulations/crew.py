@@ -170,18 +170,22 @@ def main() -> None:
     """Serve rounds until the pipe is closed."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints
+    asked = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever a library starts reads nothing of what is said here
     try:
-        rows, said = _receive(sys.stdin.buffer)
+        rows, said = _receive(asked)
         sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
         duty = Duty(**said | {"sampling": sampling})
         torch.set_num_threads(duty.threads)
         train = served(duty, Part(rows["x"], rows["y"]))
         while True:
-            told, _ = _receive(sys.stdin.buffer)
+            told, _ = _receive(asked)
             try:
                 found, said = train(told), {}
             except Exception as error:  # it ends the simulation there, with its words
-                found, said = {}, {"error": str(error), "kind": type(error).__name__}
+                kind = type(error).__name__
+                words = str(error) if isinstance(error, FedtailorError) else f"{kind}: {error}"
+                found, said = {}, {"error": words, "kind": kind}
             _send(answers, found, said)
     except (EOFError, KeyboardInterrupt):
         return

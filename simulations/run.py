@@ -64,7 +64,8 @@ def simulate(
             those of the sites' held-out parts. What a round costs follows from its cohort, not from the population.
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
         checkpoint: where to write how far the study is, at most every ``every_s`` seconds.
-        resume: go on from ``checkpoint``, where there is one: the result is then the same bit for bit, on this machine.
+        resume: go on from ``checkpoint``, where there is one: the result is then the same bit for bit, on this machine
+            and unless ``path`` is ``measure``, which asks the clock.
 
     Raises:
         RefusedError: if the rules or the data leave fewer sites than the quorum.
@@ -73,7 +74,7 @@ def simulate(
         ContractError: if its data do not satisfy the contract.
         StoreError: if the checkpoint cannot be read or written.
     """
-    began = time.monotonic()
+    began, before_s = time.monotonic(), 0.0
     how: dict[str, Any] = {
         "block": block,
         "path": path,
@@ -88,6 +89,7 @@ def simulate(
     if resume and checkpoint is not None and checkpoint.exists():
         at, also = standing.load(checkpoint, digest)
         study.sent.update(also["sent"])
+        before_s = also["wall_s"]
         if study.gate is not None:
             study.gate.dropped[:] = also["dropped"]
         on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
@@ -102,11 +104,12 @@ def simulate(
             at = advanced(study, at, on_event)
             if checkpoint is not None and time.monotonic() - began - saved >= every_s:
                 gone = [] if study.gate is None else study.gate.dropped
-                standing.save(checkpoint, at, {"sent": study.sent, "dropped": gone}, digest)
+                also = {"sent": study.sent, "dropped": gone, "wall_s": before_s + time.monotonic() - began}
+                standing.save(checkpoint, at, also, digest)
                 saved = time.monotonic() - began
             done = {"round": at.round, "clients": len(study.clients.asked(at.round - 1)), "seconds": at.round_s[-1]}
             on_event({"kind": "round", "rounds": plan.rounds} | done)
-    return concluded(study, at, began, setup_s)
+    return concluded(study, at, began - before_s, setup_s)
 
 
 def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:

@@ -15,7 +15,7 @@ from fedtailor.population import Population
 from fedtailor.privacy.planning import Sampling, resolve, strategy_of
 from fedtailor.recipe import Dataset, Recipe
 from fedtailor.simulations.buffered import Clock, steps_within
-from fedtailor.simulations.clients import Clients, sampling_of, sites
+from fedtailor.simulations.clients import Clients, epsilon_of, sampling_of, sites
 from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, rows_of, with_rows
 from fedtailor.simulations.crew import Duty
@@ -93,6 +93,7 @@ def prepare(
     drawn = None if population is None else _fits(plan, population, policies)
     whole = resolve(plan, drawn)
     strategy = strategy_of(whole, sampling=drawn)  # of all its sites: a deployment divides by them too, whoever agrees
+    epsilon_of(whole, whole.rounds, 1.0 if drawn is None else drawn.rate)  # if it has none, before anything is trained
     gate = None if policies is None else admit(whole, policies)
     recipe = build(whole.recipe, Recipe)
     agreed = whole if gate is None else gate.plan
@@ -161,10 +162,13 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
         raise ConfigError("buffer: a population's rounds wait for its cohort, or until deadline_s; use null")
     if plan.local.within_s is not None and population.step_s is None:
         raise ConfigError("local.within_s: the population has no clock; give population.step_s, or use null")
-    told = (plan.strategy.model_extra or {}).get("population")
-    if told is not None and told != population.clients:
-        raise ConfigError(
-            f"strategy.population: {told}, but there are {population.clients} clients; give strategy.population="
-            f"{population.clients}"
-        )
+    inside, name = plan.strategy.model_extra, "strategy"
+    while isinstance(inside, dict):  # a strategy may wrap another
+        told = inside.get("population")
+        if told is not None and told != population.clients:
+            raise ConfigError(
+                f"{name}.population: {told}, but there are {population.clients} clients; give {name}.population="
+                f"{population.clients}"
+            )
+        inside, name = inside.get("of"), f"{name}.of"
     return sampling_of(plan, population)

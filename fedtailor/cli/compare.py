@@ -95,9 +95,11 @@ def read(folder: Path) -> Run:
         result = Result.model_validate_json(path.read_bytes())
         path = folder / "config.yaml"
         config = yaml.safe_load(path.read_text())
+        if not isinstance(config, dict):
+            raise ValueError("it holds no plan")
     except (OSError, ValueError, yaml.YAMLError) as error:  # pydantic's is a ValueError
         raise StoreError(f"{path} cannot be read: {str(error).splitlines()[0]}; run it again, or remove it") from error
-    config["population"] = result.population  # is no part of the plan
+    config |= {"population": result.population, "simulation": result.simulation}  # are no part of the plan
     settings = {key: value for key, value in _flat(config).items() if key not in NAMED}
     return Run(result, settings | {"engine": result.engine, "status": result.status})
 

@@ -74,6 +74,7 @@ def progress() -> Progress:
 
 def followed(shown: Progress, name: str, experiment: "Experiment") -> "OnEvent":
     """Show the rounds of one simulation as they end: clients a second, and once a second what they have spent."""
+    from fedtailor.card import at_most
     from fedtailor.simulations.composed import spent
 
     task = shown.add_task(f"simulating {name}", total=experiment.plan.rounds, said="")
@@ -83,7 +84,7 @@ def followed(shown: Progress, name: str, experiment: "Experiment") -> "OnEvent":
         nonlocal told, epsilon
         if event.get("kind") == "round":
             if time.monotonic() - told > 1 and experiment.plan.privacy is not None:
-                epsilon, told = f" ε {spent(experiment, event['round']):.2f}", time.monotonic()
+                epsilon, told = f" ε {at_most(spent(experiment, event['round']))}", time.monotonic()
             rate = f"{event['clients'] / event['seconds']:,.0f} clients/s" if event.get("seconds") else ""
             shown.update(task, completed=event["round"], said=f"{rate}{epsilon}")
         if event.get("kind") == "path" and event["why"]:

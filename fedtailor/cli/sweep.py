@@ -58,11 +58,11 @@ def sweep(overrides: Sequence[str], root: Path, resume: bool, json: bool) -> Non
 
 
 def done_before(folder: Path, experiment: "Experiment") -> bool:
-    """Whether a folder holds the result of this very plan, and population."""
+    """Whether a folder holds the result of this very plan, simulated with these very settings."""
     import yaml
 
     from fedtailor.result import Result
-    from fedtailor.simulations.composed import resolved
+    from fedtailor.simulations.composed import resolved, told
 
     try:
         written = yaml.safe_load((folder / "config.yaml").read_text())
@@ -71,7 +71,11 @@ def done_before(folder: Path, experiment: "Experiment") -> bool:
         return False
     of = experiment.simulation.population
     same: bool = written == resolved(experiment).model_dump(mode="json", by_alias=True)
-    return same and result.population == (None if of is None else of.model_dump())
+    return (
+        same
+        and result.population == (None if of is None else of.model_dump())
+        and result.simulation == told(experiment)
+    )
 
 
 def named(overrides: Sequence[str]) -> str:

@@ -125,6 +125,9 @@ def test_a_damaged_folder_is_named_and_the_others_are_compared(tmp_path):
     assert "bad/config.yaml cannot be read" in run.stderr and "worse/result.json cannot be read" in run.stderr
     with pytest.raises(StoreError, match=r"worse/result\.json"):
         compare.read(tmp_path / "worse")
+    (tmp_path / "bad" / "config.yaml").write_text("")
+    with pytest.raises(StoreError, match=r"bad/config\.yaml cannot be read: it holds no plan"):
+        compare.read(tmp_path / "bad")
 
 
 def test_a_folder_without_runs_is_refused(tmp_path):
@@ -137,6 +140,15 @@ def test_populations_are_told_apart(tmp_path):
         of = {"partition": "dirichlet_split", "clients": 50, "cohort": 10, "alpha": alpha}
         write(tmp_path / f"{alpha}", 0.8, population=of)
     assert [row["settings"] for row in rows_of(tmp_path)] == [{"population.alpha": "0.1"}, {"population.alpha": "1.0"}]
+
+
+def test_simulations_of_other_data_rules_or_clocks_are_told_apart(tmp_path):
+    for n, step_s in enumerate(({}, {"va": 2.0}, {})):
+        write(tmp_path / f"{n}", 0.8 + n / 10, simulation={"data": {"_target_": "x"}, "step_s": step_s})
+    write(tmp_path / "rules", 0.5, simulation={"data": {"_target_": "x"}, "step_s": {}, "policy": {"path": "a.yaml"}})
+    found = rows_of(tmp_path)
+    assert [row["settings"].get("simulation.step_s.va", "") for row in found] == ["", "2.0", ""]
+    assert [row["settings"]["simulation.policy.path"] for row in found] == ["", "", "a.yaml"]
 
 
 def test_the_rounds_are_drawn_a_line_for_each_row(tmp_path):

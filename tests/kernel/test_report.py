@@ -188,6 +188,19 @@ def test_only_a_simulated_private_run_says_that_it_must_not_be_released():
     assert words not in model_card(made(), PLAN) and "do not release" not in " ".join(printed(made()).split())
 
 
+def test_the_card_of_a_population_promises_nothing_to_a_deployments_sites():
+    site_level = {"unit": "site", "delta": 1e-5, "epsilon_max": EPSILON, "accountant": "PLD", "epsilon_budget": 3.0}
+    simulated = {"engine": "simulation", "transport": None}
+    of = {"partition": "drawn", "clients": 1000, "cohort": 30}
+    same, every = "what the same study gives in a deployment", "every site took"
+    text = model_card(made(**simulated, privacy=site_level, population=of), PLAN)
+    assert same not in text and "a deployment of this plan has none of them, asks its sites in every round" in text
+    assert every not in text and "30 of 1000 virtual clients took" in text and "`drawn`" in text
+    for changes in ({"privacy": site_level}, {"population": of}):  # what a record costs is the same with both
+        assert same in model_card(made(**simulated, **changes), PLAN)
+    assert every in model_card(made(), PLAN) and "virtual" not in model_card(made(), PLAN)
+
+
 def test_without_privacy_none_is_claimed():
     result = made(privacy=None, sites={"va": site(epsilon=None)})
     assert "**No differential privacy.**" in model_card(result, PLAN) and "-differential" not in model_card(

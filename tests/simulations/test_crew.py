@@ -71,6 +71,8 @@ def test_a_run_of_two_goes_on_from_its_checkpoint(plan, sources, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         simulate(plan(**QUIET), sources, **at, on_event=stop)
+    with pytest.raises(ConfigError, match="other settings"):  # sums of other parts are rounded otherwise
+        simulate(plan(**QUIET), sources, **at | {"workers": 1}, resume=True)
     again = simulate(plan(**QUIET), sources, **at, resume=True)[1]
     assert all(torch.equal(whole[name], again[name]) for name in whole)
 
@@ -98,10 +100,22 @@ def test_one_that_is_killed_ends_the_simulation_and_says_what_to_do(two):
     assert all(process.returncode is not None for process in running.processes)
 
 
+def test_what_one_of_them_starts_can_neither_read_nor_write_their_pipes(two):
+    study, running = two
+    running.many(*given(study))
+    for process in running.processes:
+        open_there = {
+            int(fd): os.readlink(f"/proc/{process.pid}/fd/{fd}") for fd in os.listdir(f"/proc/{process.pid}/fd")
+        }
+        ours = {os.readlink(f"/proc/self/fd/{pipe.fileno()}") for pipe in (process.stdin, process.stdout)}
+        assert open_there[0] == "/dev/null" and ours <= set(open_there.values())
+        assert not ours & {open_there[fd] for fd in (0, 1, 2)}, "who is started inherits these three"
+
+
 def test_what_goes_wrong_in_one_is_said_in_its_words(two):
     study, running = two
     cast, memory, batches, live, counts = given(study)
-    with pytest.raises(FedtailorError, match="layers.head.weight"):
+    with pytest.raises(FedtailorError, match="KeyError: 'layers.head.weight'"):
         running.many({"params": {"layers.head.bias": torch.zeros(1)}}, memory, batches, live, counts)
 
 

@@ -47,6 +47,12 @@ def test_a_round_ends_with_the_last_answer_or_at_its_deadline(plan):
     assert 10 < len(cut.clients) < 30
     none = answers(plan(deadline_s=0.01), of, 0, asked)
     assert none.clients == [] and none.lasts == 0.01
+    sharp = answers(
+        plan(deadline_s=4.0), people(step_s=2.0), 0, asked
+    )  # two steps each: done at the deadline is in time
+    assert sharp.clients == list(asked) and sharp.lasts == 4.0
+    some = answers(plan(deadline_s=9.0), people(step_s=2.0, dropout=0.3), 0, asked)
+    assert len(some.clients) < 40 and some.lasts == 9.0, "nobody knows before that no more will come"
 
 
 def test_who_has_no_time_takes_fewer_steps(plan):
@@ -60,7 +66,8 @@ def test_only_those_who_answer_count_and_the_clock_is_in_the_result(plan, source
     made = plan(**QUIET, rounds=2, deadline_s=4.0)
     result, params = simulate(made, sources, population=of)
     assert result.timing.virtual_s == [4.0, 4.0]
-    everybody = simulate(made, sources, population=people(cohort=40))[1]
+    unhurried, everybody = simulate(made, sources, population=people(cohort=40))
+    assert unhurried.timing.virtual_s == []
     assert any(not torch.allclose(params[name], everybody[name], atol=1e-4) for name in params)
     for how in ({"block": 3}, {"path": "vmap"}, {"workers": 2}):
         again = simulate(made, sources, population=of, **how)[1]

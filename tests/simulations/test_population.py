@@ -102,6 +102,30 @@ def test_what_whole_clients_spend_is_a_poisson_samples_and_the_noise_is_calibrat
         simulate(plan(privacy=turns, quorum=1), sources, population=people())
 
 
+def test_what_is_divided_by_is_the_cohort_whoever_was_drawn(plan, sources):
+    site = {"unit": "site", "epsilon": 8.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 1.0}
+    study = ready(plan(privacy=site), sources, people(clients=20, cohort=5))
+    state = study.begin().state
+    for weight in (0.0, 9.0):
+        total = {"delta": tree.map(lambda p: torch.full_like(p, 1e6), study.start), "weight": torch.tensor(weight)}
+        after = study.strategy.apply(state, total, 0)["params"]
+        moved = torch.cat([(after[name] - p).flatten() for name, p in study.start.items()])
+        torch.testing.assert_close(moved, torch.full_like(moved, 1e6 / 5), rtol=1e-4, atol=0)
+
+
+def test_what_a_client_draws_does_not_depend_on_who_else_is_asked(plan, sources):
+    record = {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0}
+    clients = ready(plan(privacy=record), sources, people()).clients
+    asked = clients.asked(0)
+    together = clients.fed(0, asked)
+    for place, client in enumerate(asked):
+        alone = clients.fed(0, [client])
+        for name in ("seed", "noise_seed", "scale"):
+            assert torch.equal(alone.batches[name][0], together.batches[name][place])
+        seen = [b["rows"][k][b["live"][k] > 0] for b, k in ((alone.batches, 0), (together.batches, place))]
+        assert torch.equal(*seen) and alone.counts[0] == together.counts[place]
+
+
 def test_a_round_that_asks_nobody_still_has_its_noise(plan, sources):
     site = {"unit": "site", "epsilon": 8.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 1.0}
     made = plan(privacy=site, **QUIET, rounds=40)
@@ -177,6 +201,7 @@ def test_drawn_clients_follow_the_prior_or_their_own_mixture():
     alike = drawn(y, 10**9, 50, seed=0)
     rows = torch.cat([alike.of(k) for k in range(200)])
     assert torch.equal(alike.of(7), alike.of(7)) and not torch.equal(alike.of(7), alike.of(8))
+    assert not any(torch.equal(alike.of(7), alike.of(7 + 10**power)) for power in range(9))
     assert stats.binomtest(int(y[rows].sum()), len(rows), 0.25).pvalue > 1e-4
     assert stats.chisquare(np.bincount(rows[y[rows] == 1] - 300, minlength=100)).pvalue > 1e-4
     skewed = drawn(y, 10**9, 50, seed=0, alpha=0.1)
@@ -184,11 +209,18 @@ def test_drawn_clients_follow_the_prior_or_their_own_mixture():
     assert ((shares < 0.02) | (shares > 0.98)).float().mean() > 0.7 and abs(shares.mean() - 0.25) < 0.08
 
 
+def test_a_setting_of_another_kind_is_named(plan, sources):
+    for partition, wrong in (("shards", {"each": 2.5}), ("drawn", {"alpha": "x"}), ("quantity", {"minimum": 0.5})):
+        named = rf"population={partition}, .*{next(iter(wrong))}={next(iter(wrong.values()))!r}.*: .*see its settings"
+        with pytest.raises(ConfigError, match=named):
+            simulate(plan(), sources, population=people(partition, **wrong))
+
+
 @pytest.mark.parametrize(
     "change,message",
     [
         ({"alpha": -1.0}, "population=dirichlet_mixture: alpha=-1.0: not a number"),
-        ({"alhpa": 1.0}, "population=dirichlet_mixture: .*unexpected keyword argument 'alhpa'"),
+        ({"alhpa": 1.0}, "population=dirichlet_mixture, alpha=0.5, alhpa=1.0: .*unexpected keyword argument 'alhpa'"),
         ({"clients": 10**6}, "population=dirichlet_mixture: clients=1000000: not a whole number from 1 to"),
     ],
 )
@@ -201,6 +233,10 @@ def test_what_is_for_sites_is_refused(plan, sources):
     of = people()
     with pytest.raises(ConfigError, match="strategy.population: 4, but there are 20 clients"):
         simulate(plan(strategy={"_target_": "fedtailor.strategies.scaffold", "population": 4}), sources, population=of)
+    wrapped = {"name": "quantise", "of": {"name": "scaffold", "population": 4}}
+    inside = {"_target_": "fedtailor.strategies.topk", "fraction": 0.5, "of": wrapped}
+    with pytest.raises(ConfigError, match="strategy.of.of.population: 4, but there are 20 clients"):
+        simulate(plan(strategy=inside), sources, population=of)
     with pytest.raises(ConfigError, match="simulation.policy: is a site's"):
         simulate(
             plan(), sources, population=of, policies={"north": Policy(studies=("made-up",), epsilon=1, delta=1e-4)}
@@ -212,6 +248,18 @@ def test_what_is_for_sites_is_refused(plan, sources):
         simulate(plan(local=local), sources, population=of)
     with pytest.raises(ConfigError, match="cohort: 6 is more than all 5 clients"):
         load(["study=heart", "population=iid", "population.clients=5", "population.cohort=6"])
+
+
+def test_noise_that_cannot_be_accounted_for_is_refused_before_a_round(plan, sources):
+    """Poisson samples need more of it than rounds of everybody."""
+    site = {"unit": "site", "epsilon": 8.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 0.1}
+    record = {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 0.1}
+    for privacy, of in ((site, people()), (record, people()), (record, None)):
+        events = []
+        with pytest.raises(ConfigError, match=r"noise_multiplier: 0\.1 is not from 0\.4 to 1e\+06; use at least 0\.4"):
+            simulate(plan(privacy=privacy, **QUIET), sources, population=of, on_event=events.append)
+        assert not events
+    assert simulate(plan(privacy=site, **QUIET, rounds=1), sources)[0].privacy.epsilon_max > 8
 
 
 MILLION = """

@@ -10,9 +10,12 @@ import pytest
 from typer.testing import CliRunner
 
 from fedtailor.cli import app
+from fedtailor.cli.simulate import followed
+from fedtailor.config import load
 from fedtailor.errors import ConfigError, RefusedError, StoreError
 from fedtailor.policy import Policy
 from fedtailor.result import model_bytes
+from fedtailor.simulations import standing
 from fedtailor.simulations.run import simulate
 
 SITE = {"unit": "site", "epsilon": 8.0, "delta": 1e-4, "clip": 1.0, "noise_multiplier": 1.0}
@@ -144,3 +147,41 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     assert kept.stat().st_mtime_ns == stamp and len(json.loads(done.stdout)["rows"]) == 2
     assert CliRunner().invoke(app, [*words, "seed=1", "--resume"]).exit_code == 0
     assert kept.stat().st_mtime_ns != stamp, "of another seed"
+    stamp = kept.stat().st_mtime_ns
+    assert CliRunner().invoke(app, [*words, "seed=1", "+simulation.step_s.va=2.0", "--resume"]).exit_code == 0
+    assert kept.stat().st_mtime_ns != stamp, "by another clock"
+    rules, stamp = tmp_path / "rules.yaml", kept.stat().st_mtime_ns
+    for text in ("", "max_rounds: 50\n"):
+        rules.write_text("studies: [heart]\nepsilon: 9\ndelta: 1e-3\nwithout_privacy: true\n" + text)
+        for again in (False, True):
+            said = CliRunner().invoke(app, [*words, "seed=1", f"simulation.policy={rules}", "--resume"])
+            assert said.exit_code == 0 and (kept.stat().st_mtime_ns == stamp) == again, said.output
+            stamp = kept.stat().st_mtime_ns
+
+
+def test_a_runs_seconds_are_those_of_all_its_processes(plan, sources, tmp_path, monkeypatch):
+    save = standing.save
+    longer = lambda path, at, also, digest: save(path, at, also | {"wall_s": also["wall_s"] + 1000}, digest)  # noqa: E731
+    at = {"checkpoint": tmp_path / "checkpoint", "every_s": 0.0}
+    monkeypatch.setattr(standing, "save", longer)
+    for stop in (1, 2):
+        with pytest.raises(Killed):
+            simulate(plan(), sources, **at, resume=True, on_event=killed_after(stop))
+    monkeypatch.setattr(standing, "save", save)
+    timing = simulate(plan(), sources, **at, resume=True)[0].timing
+    assert 2000 < timing.wall_s < 3000 and timing.setup_s < 1000
+
+
+def test_epsilon_is_shown_rounded_up(monkeypatch):
+    shown = []
+
+    class Bar:
+        def add_task(self, *_, **__):
+            return 0
+
+        def update(self, _, said="", **__):
+            shown.append(said)
+
+    monkeypatch.setattr("fedtailor.simulations.composed.spent", lambda experiment, rounds: 2.00001)
+    followed(Bar(), "heart", load(["study=heart"]))({"kind": "round", "round": 3, "clients": 8, "seconds": 2.0})
+    assert shown == ["4 clients/s ε 2.001"]
