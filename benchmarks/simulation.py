@@ -1,14 +1,16 @@
 """How fast the simulator trains clients, beside a plain PyTorch loop, pfl-research and Opacus, on one thread each.
 
-    python -m benchmarks.simulation [--quick] [--json] [--peers DIR] [averaging] [private] [clipping]
+    python -m benchmarks.simulation [--quick] [--json] [--peers DIR] [--ray DIR] [averaging] [private] [clock] [clipping]
 
     averaging   pfl-research's CIFAR-10 shape: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1, plain averaging
     private     record-level DP-SGD with noise: tabular, 50 clients of 40 rows; a small CNN, 20 clients of 40 images
+    clock       the first shape by the clock, all cores, beside stock Flower on Ray (with --ray)
     clipping    what clipping every example's gradient costs: the same run without it, noise apart
 
 Figures are processor seconds of one round, from data at rest to the next model, without evaluation: the machine may be
 shared. All sides take turns; the median of the repetitions is followed by the least and the greatest. ``--peers DIR``
-is a virtual environment that has torch and pfl; it is made there if there is none (`pip install torch pfl==0.6.0`).
+is a virtual environment that has torch and pfl; it is made there if there is none (`pip install torch pfl==0.6.0`). So is
+that of ``--ray DIR``, with `flwr[simulation]==1.41.*`.
 """
 
 import argparse
@@ -162,13 +164,16 @@ def _seconds(run: Run, times: int) -> float:
     return (time.process_time() - began) / times
 
 
-def peer(folder: Path) -> Path:
-    """The interpreter of a virtual environment with pfl-research, made if there is none."""
+def peer(folder: Path, package: str) -> Path:
+    """The interpreter of a virtual environment with torch and ``package``, made if there is none."""
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)
         subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", f"torch=={torch.__version__.split('+')[0]}", "pfl==0.6.0"],
+            [python, "-m", "pip", "install", "--quiet", f"torch=={torch.__version__.split('+')[0]}"], check=True
+        )
+        subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", package],
             check=True,
         )
     return python
@@ -188,7 +193,40 @@ def pfl(python: Path, model: str, rounds: int) -> list[float]:
     return found
 
 
-def averaging(repetitions: int, python: Path | None) -> dict[str, Times]:
+def clock(repetitions: int, python: Path | None, ray: Path | None) -> dict[str, Times]:
+    """By the clock, with all cores: seconds of a round."""
+    found = {}
+    for model in ("linear", "mlp"):
+        run, sides = World(model, 50, 5).ours(), dict[str, list[float]]()
+        for threads in (1, os.cpu_count() or 1):
+            torch.set_num_threads(threads)
+            run()
+            sides[f"fedtailor, threads: {threads}"] = [_elapsed(run) for _ in range(10 * repetitions)]
+        torch.set_num_threads(1)
+        if ray is not None:
+            sides["Flower on Ray"] = flower(ray, model, 2 * repetitions)
+            sides["Flower on Ray, clients that do nothing"] = flower(ray, "nothing", 2 * repetitions)
+        found[f"{model}, 50 clients x 5 steps, by the clock"] = sides
+    return found
+
+
+def _elapsed(run: Run) -> float:
+    began = time.perf_counter()
+    run()
+    return time.perf_counter() - began
+
+
+def flower(python: Path, model: str, rounds: int) -> list[float]:
+    """Seconds of some rounds by Flower's simulation on Ray."""
+    script = Path(__file__).with_name("ray_peer.py")
+    run = subprocess.run(
+        [python, script, model, str(rounds)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True
+    )
+    found: list[float] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def averaging(repetitions: int, python: Path | None, ray: Path | None) -> dict[str, Times]:
     found = {}
     for model in ("linear", "mlp", "tiny_cnn"):
         world = World(model, 50, 5)
@@ -198,7 +236,7 @@ def averaging(repetitions: int, python: Path | None) -> dict[str, Times]:
     return found
 
 
-def private(repetitions: int, python: Path | None) -> dict[str, Times]:
+def private(repetitions: int, python: Path | None, ray: Path | None) -> dict[str, Times]:
     found = {}
     for model, clients in (("tabular", 50), ("small_cnn", 20)):
         world = World(model, clients, 4)
@@ -212,7 +250,7 @@ def private(repetitions: int, python: Path | None) -> dict[str, Times]:
     return found
 
 
-def clipping(repetitions: int, python: Path | None) -> dict[str, Times]:
+def clipping(repetitions: int, python: Path | None, ray: Path | None) -> dict[str, Times]:
     found = {}
     for model, clients in (("tabular", 50), ("mlp", 20), ("lora", 20), ("small_cnn", 20)):
         world = World(model, clients, 4)
@@ -221,7 +259,7 @@ def clipping(repetitions: int, python: Path | None) -> dict[str, Times]:
     return found
 
 
-PARTS = {"averaging": averaging, "private": private, "clipping": clipping}
+PARTS = {"averaging": averaging, "private": private, "clock": clock, "clipping": clipping}
 
 
 def main() -> None:
@@ -231,18 +269,20 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="three repetitions, not seven")
     parser.add_argument("--json", action="store_true", help="all figures as one line")
     parser.add_argument("--peers", type=Path, help="where pfl-research is, or is to be installed")
+    parser.add_argument("--ray", type=Path, help="where Flower with Ray is, or is to be installed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    python = None if arguments.peers is None else peer(arguments.peers)
+    python = None if arguments.peers is None else peer(arguments.peers, "pfl==0.6.0")
+    ray = None if arguments.ray is None else peer(arguments.ray, "flwr[simulation]==1.41.*")
     found: dict[str, Times] = {}
     for part in arguments.parts or PARTS:
-        found |= PARTS[part](3 if arguments.quick else 7, python)
+        found |= PARTS[part](3 if arguments.quick else 7, python, ray)
     if arguments.json:
         print(json.dumps(found))
         return
-    print("| processor ms a round: median (least to greatest) | side | ms | times the first |")
+    print("| ms a round, of a processor or by the clock: median (least to greatest) | side | ms | times the first |")
     print("|---|---|---:|---:|")
     for what, sides in found.items():
         first = median(next(iter(sides.values())))

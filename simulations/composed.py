@@ -1,7 +1,8 @@
 """A study from its settings to its result, as the command line composes it: for notebooks, scripts and sweeps."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -68,20 +69,21 @@ def run(
     simulation, plan, said = experiment.simulation, resolved(experiment), told(experiment)
     sources: dict[str, Any] = build(simulation.data, dict)
     rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
-    result, params = run_study(
-        plan,
-        sources,
-        block=simulation.block,
-        path=simulation.path,
-        policies=rules,
-        step_s=simulation.step_s,
-        population=simulation.population,
-        workers=simulation.workers,
-        checkpoint=checkpoint,
-        every_s=simulation.checkpoint_s,
-        resume=resume,
-        on_event=on_event,
-    )
+    with _threads(simulation.threads):
+        result, params = run_study(
+            plan,
+            sources,
+            block=simulation.block,
+            path=simulation.path,
+            policies=rules,
+            step_s=simulation.step_s,
+            population=simulation.population,
+            workers=simulation.workers,
+            checkpoint=checkpoint,
+            every_s=simulation.checkpoint_s,
+            resume=resume,
+            on_event=on_event,
+        )
     return Simulated(result.model_copy(update={"simulation": said}), params, plan)
 
 
@@ -92,6 +94,18 @@ def told(experiment: Experiment) -> dict[str, Any]:
     if simulation.policy is not None:
         said["policy"] = {"path": str(simulation.policy), "sha256": store.digest(simulation.policy)}
     return said
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def resolved(experiment: Experiment) -> Plan:

