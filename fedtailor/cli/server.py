@@ -69,13 +69,19 @@ def submit(
     import yaml
 
     from fedtailor.config import load
+    from fedtailor.errors import ConfigError
     from fedtailor.leaving import agreed
     from fedtailor.privacy.planning import resolve
 
     if resume:
         answer = ask(home, "Resume", {"run": resume})
     else:
-        plan = resolve(load(overrides or []).plan)
+        experiment = load(overrides or [])
+        if experiment.simulation.population is not None:
+            raise ConfigError(
+                "population: its clients are simulated, and a deployment asks the plan's sites; leave it out"
+            )
+        plan = resolve(experiment.plan)
         config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
         leaves = agreed(plan.canonical()).model_dump_json()
         answer = ask(home, "Submit", {"plan": plan.canonical(), "config": config, "days": days, "leaves": leaves})

@@ -113,3 +113,9 @@ def test_threads_are_as_many_as_asked_while_it_runs_and_as_before_afterwards():
     experiment = load(["study=heart", "rounds=2", "privacy=none", "simulation.threads=1"])
     run(experiment, lambda event: seen.append(torch.get_num_threads()))
     assert set(seen) == {1} and torch.get_num_threads() == before
+
+
+def test_a_population_is_not_proposed_to_sites(tmp_path):
+    words = ["server", "submit", "study=heart", "privacy=none", "population=iid", "--home", str(tmp_path)]
+    run = CliRunner().invoke(app, words)
+    assert run.exit_code != 0 and "population: its clients are simulated" in str(run.exception)
