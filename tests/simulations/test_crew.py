@@ -36,13 +36,16 @@ def equal(one, other):
     assert {s: r.bytes_sent for s, r in a.sites.items()} == {s: r.bytes_sent for s, r in b.sites.items()}
 
 
-@pytest.mark.parametrize("name", PLANS)
+FIRST = ("a sum", "memories", "record-level")  # the others are tried by `make test-slow`
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PLANS])
 def test_two_give_what_one_gives(plan, sources, name):
     made = plan(**QUIET, **PLANS[name])
     equal(simulate(made, sources), simulate(made, sources, workers=2))
 
 
-@pytest.mark.parametrize("block", [1, 7])
+@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 7])
 def test_a_population_in_blocks_of_any_size_by_more_processes_than_clients_too(plan, sources, block):
     made = plan(**QUIET, strategy={"_target_": "fedtailor.strategies.scaffold", "population": 40})
     of = Population(partition="dirichlet_split", clients=40, cohort=9, alpha=1.0)

@@ -47,7 +47,12 @@ def equal(a, b):
         torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("partition", PARTITIONS)
+FIRST = ("dirichlet_split", "drawn")  # the others are tried by `make test-slow`
+
+
+@pytest.mark.parametrize(
+    "partition", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PARTITIONS]
+)
 def test_blocks_and_ways_do_not_show(plan, sources, partition):
     made = plan(**QUIET, strategy={"_target_": "fedtailor.strategies.scaffold", "population": 20})
     result, params = simulate(made, sources, population=people(partition))

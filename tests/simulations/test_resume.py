@@ -52,7 +52,10 @@ def same(one, other):
     return [r.model_dump(mode="json", exclude={"timing"}) for r in (one, other)]
 
 
-@pytest.mark.parametrize("name", PLANS)
+FIRST = ("a memory at each site", "record-level", "site-level", "answers on their way")  # others: `make test-slow`
+
+
+@pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PLANS])
 def test_it_ends_the_same_bit_for_bit(plan, sources, tmp_path, name):
     made = plan(rounds=6, evaluation={"baseline": False, "every": 2}, **PLANS[name])
     also = {"step_s": {"west": 7.0}} if made.buffer else {}
@@ -115,7 +118,7 @@ def test_nothing_is_written_before_its_time(plan, sources, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-WORDS = ["study=heart", "privacy=none", "rounds=400", "evaluation.baseline=false", "simulation.checkpoint_s=0"]
+WORDS = ["study=heart", "privacy=none", "rounds=120", "evaluation.baseline=false", "simulation.checkpoint_s=0"]
 
 
 def test_kill_9_and_resume_on_the_command_line(tmp_path):
