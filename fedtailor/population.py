@@ -1,5 +1,6 @@
 """A population of virtual clients, as settings name it: all sites' training rows, dealt out to more clients than sites."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, model_validator
@@ -9,8 +10,10 @@ class Population(BaseModel):
     """How rows are dealt out, and how many clients a round asks. Other fields are the partition's own: ``alpha: 0.3``."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
-    partition: Literal["iid", "dirichlet_split", "dirichlet_mixture", "shards", "pathological", "quantity", "drawn"]
-    clients: Annotated[int, Field(ge=1, le=1_000_000_000)]
+    partition: Literal[
+        "iid", "dirichlet_split", "dirichlet_mixture", "shards", "pathological", "quantity", "drawn", "natural"
+    ]
+    clients: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None  # None: as many as the data have, if natural
     cohort: PositiveInt  # clients of a round; on average, where privacy is of whole clients: those rounds are drawn
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance that a client that was asked does not answer
     step_s: PositiveFloat | None = None  # virtual seconds of the median client's local step; None: no clock
@@ -18,7 +21,9 @@ class Population(BaseModel):
 
     @model_validator(mode="after")
     def _within(self) -> Self:
-        if self.cohort > self.clients:
+        if self.clients is None and self.partition != "natural":
+            raise ValueError("clients: null is for population=natural, whose data have a number of their own; give one")
+        if self.clients is not None and self.cohort > self.clients:
             raise ValueError(f"cohort: {self.cohort} is more than all {self.clients} clients")
         return self
 
@@ -26,3 +31,13 @@ class Population(BaseModel):
     def options(self) -> dict[str, Any]:
         """What the partition is told beside the number of clients."""
         return dict(self.model_extra or {})
+
+    @property
+    def many(self) -> int:
+        """How many clients there are; known once the data are."""
+        assert self.clients is not None
+        return self.clients
+
+    def made(self, said: Mapping[str, Any] | None) -> bool:
+        """Whether a result that says ``said`` of its population is of these settings."""
+        return said is not None and self.model_dump() == dict(said) | ({} if self.clients else {"clients": None})

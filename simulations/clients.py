@@ -3,6 +3,7 @@
 A population is dealt out of all sites' training rows. What a round costs depends on its cohort alone.
 """
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedtailor import seeds
+from fedtailor import seeds, store
 from fedtailor.errors import ConfigError
 from fedtailor.population import Population
 from fedtailor.privacy.accounting import Charge, epsilon
@@ -22,6 +23,7 @@ from fedtailor.simulations import partitions
 from fedtailor.simulations.cohort import batches_of, fed
 from fedtailor.simulations.devices import Answers, answers
 from fedtailor.simulations.drawn import drawn
+from fedtailor.simulations.natural import natural
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
 
@@ -41,6 +43,7 @@ class Clients(NamedTuple):
     fed: Callable[[int, Sequence[int]], Fed]  # round, clients -> what they train on
     many: int  # in a round, at most or on average
     lasts: Callable[[int], float | None] = lambda round: None  # virtual seconds of a round
+    prints: tuple[str, ...] = ()  # digests of what it rests on beside the plan, the settings and the sites' data
 
 
 PARTITIONS: dict[str, Callable[..., "Dealt"]] = {
@@ -51,7 +54,7 @@ PARTITIONS: dict[str, Callable[..., "Dealt"]] = {
     "pathological": partitions.pathological,
     "quantity": partitions.quantity,
     "drawn": drawn,
-}
+}  # and "natural", which goes by the cells of a column
 
 
 class Dealt(Protocol):
@@ -76,20 +79,15 @@ def sites(plan: Plan, turn: Callable[[int], Plan], data: Mapping[str, Dataset], 
     return Clients(lambda round: [number[site] for site in turn(round).sites], of_round, len(plan.sites))
 
 
-def population(plan: Plan, data: Mapping[str, Dataset], of: Population) -> Clients:
-    """Virtual clients. A client without rows is never asked.
-
-    Raises:
-        ConfigError: naming a setting of the partition that is unknown or does not fit the data.
-    """
-    dealt = deal(torch.cat([one.train.y for one in data.values()]), of, plan.seed)
+def population(plan: Plan, dealt: Dealt, of: Population) -> Clients:
+    """Virtual clients, who have the rows that they were ``dealt``. A client without rows is never asked."""
     secret = sampling_of(plan, of).rate < 1
 
     @lru_cache(maxsize=2)  # of this round and the one before
     def answered(round: int) -> Answers:
         rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round))
-        size = rng.binomial(of.clients, of.cohort / of.clients) if secret else of.cohort
-        chosen: list[int] = np.sort(rng.choice(of.clients, size, replace=False, shuffle=False)).tolist()
+        size = rng.binomial(of.many, of.cohort / of.many) if secret else of.cohort
+        chosen: list[int] = np.sort(rng.choice(of.many, size, replace=False, shuffle=False)).tolist()
         rows = dealt.sizes(chosen).tolist()
         return answers(plan, of, round, [k for k, some in zip(chosen, rows, strict=True) if some])
 
@@ -100,12 +98,30 @@ def population(plan: Plan, data: Mapping[str, Dataset], of: Population) -> Clien
         live = (torch.arange(plan.local.steps) < answered(round).taken[:, None]).float()
         return Fed(batches, live, torch.tensor(counts).float())
 
-    return Clients(lambda round: answered(round).clients, of_round, of.cohort, lambda round: answered(round).lasts)
+    prints = (_print(dealt),) if isinstance(dealt, partitions.Shares) and of.partition == "natural" else ()
+    lasts = lambda round: answered(round).lasts  # noqa: E731
+    return Clients(lambda round: answered(round).clients, of_round, of.cohort, lasts, prints)
+
+
+def _print(dealt: partitions.Shares) -> str:
+    found = hashlib.sha256(store.raw(dealt.offsets))
+    found.update(store.raw(dealt.order))
+    return found.hexdigest()
 
 
 def sampling_of(plan: Plan, of: Population) -> Sampling:
-    """What the accountant is told: rounds are Poisson samples where privacy is of whole clients, and no secret elsewhere."""
-    return Sampling(of.cohort, of.cohort / of.clients if plan.site is not None else 1.0)
+    """What the accountant is told: rounds are Poisson samples where privacy is of whole clients, and no secret elsewhere.
+
+    Raises:
+        ConfigError: if it has to be told a number of clients that only the data could.
+    """
+    if plan.site is None:
+        return Sampling(of.cohort, 1.0)
+    if of.clients is None:
+        raise ConfigError(
+            "population.clients: null, but with privacy.unit=site the accountant goes by how many there are; give the number"
+        )
+    return Sampling(of.cohort, of.cohort / of.clients)
 
 
 def epsilon_of(plan: Plan, rounds: int, rate: float) -> float | None:
@@ -118,13 +134,15 @@ def epsilon_of(plan: Plan, rounds: int, rate: float) -> float | None:
     return epsilon([charge] * rounds, plan.record.delta)
 
 
-def deal(y: Tensor, of: Population, seed: int) -> Dealt:
-    """Deal the rows of labels ``y`` out.
+def deal(y: Tensor, of: Population, seed: int, cells: Sequence[str] = ()) -> Dealt:
+    """Deal the rows of labels ``y`` out; of a natural population, by their ``cells``.
 
     Raises:
         ConfigError: naming a setting of the partition that is unknown or does not fit.
     """
     try:
+        if of.partition == "natural":
+            return natural(cells, **of.options)
         return PARTITIONS[of.partition](y, clients=of.clients, seed=seed, **of.options)
     except ConfigError as error:
         raise ConfigError(f"population={of.partition}: {error}") from error

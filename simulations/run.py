@@ -83,7 +83,7 @@ def simulate(
         "population": population,
     }
     study = prepare(plan, sources, **how, on_event=on_event)
-    prints = [one.fingerprint for one in study.data.values()]
+    prints = [one.fingerprint for one in study.data.values()] + list(study.clients.prints)
     digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, workers)
     at = study.begin()
     if resume and checkpoint is not None and checkpoint.exists():

@@ -15,11 +15,12 @@ from fedtailor.population import Population
 from fedtailor.privacy.planning import Sampling, resolve, strategy_of
 from fedtailor.recipe import Dataset, Recipe
 from fedtailor.simulations.buffered import Clock, steps_within
-from fedtailor.simulations.clients import Clients, epsilon_of, sampling_of, sites
+from fedtailor.simulations.clients import Clients, deal, epsilon_of, sampling_of, sites
 from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, rows_of, with_rows
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, choose
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.simulations.standing import Standing
@@ -97,7 +98,11 @@ def prepare(
     gate = None if policies is None else admit(whole, policies)
     recipe = build(whole.recipe, Recipe)
     agreed = whole if gate is None else gate.plan
-    data = prepared(agreed, recipe, sources)
+    cells = list[str]()
+    if population is not None and population.partition == "natural":
+        data, cells = read_with(population.options.get("column"), agreed, recipe, sources)
+    else:
+        data = prepared(agreed, recipe, sources)
     plan, empty = with_rows(agreed, data)
     start = recipes.initial(recipe, plan.seed)
     cast = strategy.broadcast(strategy.init(start))
@@ -106,7 +111,11 @@ def prepare(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     clients = sites(plan, lambda round: turn(plan, whole, round), data, live)
     if population is not None:
-        clients = virtual(plan, data, population)
+        dealt = deal(torch.cat([one.train.y for one in data.values()]), population, plan.seed, cells)
+        if population.partition == "natural":
+            population = counted(population, len(set(cells)))
+            _counts(plan, population)
+        clients = virtual(plan, dealt, population)
     feed = feed_from(plan, rows_of(data), strategy.start(cast, strategy.remember(start)))
     large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
     together = gate is None and plan.buffer is None and large
@@ -162,13 +171,19 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
         raise ConfigError("buffer: a population's rounds wait for its cohort, or until deadline_s; use null")
     if plan.local.within_s is not None and population.step_s is None:
         raise ConfigError("local.within_s: the population has no clock; give population.step_s, or use null")
+    if population.clients is not None:
+        _counts(plan, population)
+    return sampling_of(plan, population)
+
+
+def _counts(plan: Plan, population: Population) -> None:
+    """Raise a ConfigError if the strategy goes by another number of clients than there are."""
     inside, name = plan.strategy.model_extra, "strategy"
     while isinstance(inside, dict):  # a strategy may wrap another
         told = inside.get("population")
-        if told is not None and told != population.clients:
+        if told is not None and told != population.many:
             raise ConfigError(
-                f"{name}.population: {told}, but there are {population.clients} clients; give {name}.population="
-                f"{population.clients}"
+                f"{name}.population: {told}, but there are {population.many} clients; give {name}.population="
+                f"{population.many}"
             )
         inside, name = inside.get("of"), f"{name}.of"
-    return sampling_of(plan, population)
