@@ -15,6 +15,7 @@ class Population(BaseModel):
     ]
     clients: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = None  # None: as many as the data have, if natural
     cohort: PositiveInt  # clients of a round; on average, where privacy is of whole clients: those rounds are drawn
+    answers: PositiveInt | None = None  # that close a round, where the plan has a buffer; None: as many as it says
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance that a client that was asked does not answer
     step_s: PositiveFloat | None = None  # virtual seconds of the median client's local step; None: no clock
     step_spread: Annotated[float, Field(ge=0, le=5)] = 0.0  # of its logarithm, over the clients
@@ -25,6 +26,8 @@ class Population(BaseModel):
             raise ValueError("clients: null is for population=natural, whose data have a number of their own; give one")
         if self.clients is not None and self.cohort > self.clients:
             raise ValueError(f"cohort: {self.cohort} is more than all {self.clients} clients")
+        if self.clients is not None and self.answers is not None and self.answers > self.clients:
+            raise ValueError(f"answers: {self.answers} is more than all {self.clients} clients")
         return self
 
     @property

@@ -5,7 +5,7 @@ A population is dealt out of all sites' training rows. What a round costs depend
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,9 +20,12 @@ from fedtailor.privacy.planning import Sampling
 from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset
 from fedtailor.simulations import partitions
+from fedtailor.simulations.arrivals import Flow, flow
+from fedtailor.simulations.buffered import Clock
 from fedtailor.simulations.cohort import batches_of, fed
-from fedtailor.simulations.devices import Answers, answers
+from fedtailor.simulations.devices import Answers, Trips, answers, trips
 from fedtailor.simulations.drawn import drawn
+from fedtailor.simulations.draws import drawn_of, everybody
 from fedtailor.simulations.natural import natural
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
@@ -36,13 +39,28 @@ class Fed(NamedTuple):
     counts: Tensor  # [K] training rows
 
 
+class Asked(Protocol):
+    """Who answers in a round that begins in the virtual second ``now``."""
+
+    def __call__(self, round: int, now: float = 0.0) -> list[int]:
+        """The clients' numbers, ascending."""
+
+
+class Lasts(Protocol):
+    """How many virtual seconds a round takes that begins in the virtual second ``now``."""
+
+    def __call__(self, round: int, now: float = 0.0) -> float | None:
+        """None: there is no clock."""
+
+
 class Clients(NamedTuple):
     """Who there is."""
 
-    asked: Callable[[int], list[int]]  # round -> the numbers of its clients that answer, ascending
+    asked: Asked  # who answers
     fed: Callable[[int, Sequence[int]], Fed]  # round, clients -> what they train on
     many: int  # in a round, at most or on average
-    lasts: Callable[[int], float | None] = lambda round: None  # virtual seconds of a round
+    lasts: Lasts = lambda round, now=0.0: None  # virtual seconds of a round
+    flow: Callable[[int, Clock], Flow] | None = None  # in the place of both, where rounds do not wait
     prints: tuple[str, ...] = ()  # digests of what it rests on beside the plan, the settings and the sites' data
 
 
@@ -76,31 +94,51 @@ def sites(plan: Plan, turn: Callable[[int], Plan], data: Mapping[str, Dataset], 
         rows = torch.tensor(clients, dtype=torch.long)
         return Fed(batches_of(turn(round), data, round), live[rows], counts[rows])
 
-    return Clients(lambda round: [number[site] for site in turn(round).sites], of_round, len(plan.sites))
+    return Clients(lambda round, now=0.0: [number[site] for site in turn(round).sites], of_round, len(plan.sites))
 
 
 def population(plan: Plan, dealt: Dealt, of: Population) -> Clients:
     """Virtual clients, who have the rows that they were ``dealt``. A client without rows is never asked."""
     secret = sampling_of(plan, of).rate < 1
 
+    def trip(round: int, asked: Sequence[int], now: float) -> Trips:
+        return trips(plan, of, round, asked)
+
     @lru_cache(maxsize=2)  # of this round and the one before
-    def answered(round: int) -> Answers:
+    def answered(round: int, now: float) -> Answers:
         rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round))
         size = rng.binomial(of.many, of.cohort / of.many) if secret else of.cohort
         chosen: list[int] = np.sort(rng.choice(of.many, size, replace=False, shuffle=False)).tolist()
         rows = dealt.sizes(chosen).tolist()
-        return answers(plan, of, round, [k for k, some in zip(chosen, rows, strict=True) if some])
+        asked = [k for k, some in zip(chosen, rows, strict=True) if some]
+        return answers(plan, asked, trip(round, asked, now))
+
+    def draw(round: int, nth: int, count: int, without: set[int], now: float) -> list[int]:
+        rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round, nth))
+        return drawn_of(everybody(of.many), count, without, rng, lambda some: (dealt.sizes(some) > 0).tolist())
 
     def of_round(round: int, clients: Sequence[int]) -> Fed:
         rows = [dealt.of(k) for k in clients]
         counts = [len(mine) for mine in rows]
         batches = fed(plan, [f"client {k}" for k in clients], counts, round, torch.cat(rows))
-        live = (torch.arange(plan.local.steps) < answered(round).taken[:, None]).float()
+        live = (torch.arange(plan.local.steps) < trip(round, clients, 0.0).taken[:, None]).float()
         return Fed(batches, live, torch.tensor(counts).float())
 
     prints = (_print(dealt),) if isinstance(dealt, partitions.Shares) and of.partition == "natural" else ()
-    lasts = lambda round: answered(round).lasts  # noqa: E731
-    return Clients(lambda round: answered(round).clients, of_round, of.cohort, lasts, prints)
+    return Clients(
+        lambda round, now=0.0: answered(round, now).clients,
+        of_round,
+        of.cohort,
+        lambda round, now=0.0: answered(round, now).lasts,
+        None if plan.buffer is None else partial(flow, plan, fills_of(plan, of), of.cohort, draw, trip),
+        prints,
+    )
+
+
+def fills_of(plan: Plan, of: Population) -> int:
+    """The answers that close a round which does not wait for more."""
+    assert plan.buffer is not None
+    return of.answers or plan.buffer.answers
 
 
 def _print(dealt: partitions.Shares) -> str:

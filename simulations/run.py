@@ -18,11 +18,12 @@ from fedtailor.policy import Policy
 from fedtailor.population import Population
 from fedtailor.result import Result
 from fedtailor.simulations import standing
+from fedtailor.simulations.arrivals import each, folded
 from fedtailor.simulations.buffered import buffered_round
 from fedtailor.simulations.cohort import rows_of
 from fedtailor.simulations.conclusion import concluded, measured
 from fedtailor.simulations.crew import ALL, crew
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import in_blocks, simulate_round
 from fedtailor.simulations.setting import OnEvent, Setting, prepare
 from fedtailor.simulations.standing import Standing
 from fedtailor.sources import DataSource
@@ -107,7 +108,7 @@ def simulate(
                 also = {"sent": study.sent, "dropped": gone, "wall_s": before_s + time.monotonic() - began}
                 standing.save(checkpoint, at, also, digest)
                 saved = time.monotonic() - began
-            done = {"round": at.round, "clients": len(study.clients.asked(at.round - 1)), "seconds": at.round_s[-1]}
+            done = {"round": at.round, "clients": at.trained, "seconds": at.round_s[-1]}
             on_event({"kind": "round", "rounds": plan.rounds} | done)
     return concluded(study, at, began - before_s, setup_s)
 
@@ -127,9 +128,19 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
         block = size
         on_event({"kind": "path", "path": study.way.path, "block": size, "why": "out of memory", "seconds": {}})
 
-    asked, clock, state, memory, known = study.clients.asked(round), at.clock, at.state, at.memory, at.known
-    if asked:
-        memory, known, rows = recalled(memory, known, asked, tree.bare(strategy.remember(study.start)))
+    clock, state, memory, known = at.clock, at.state, at.memory, at.known
+    flow = None if study.clients.flow is None else study.clients.flow(round, clock)
+    asked = study.clients.asked(round, clock.now) if flow is None else flow.begun
+    memory, known, rows = recalled(memory, known, asked, tree.bare(strategy.remember(study.start)))
+    if flow is not None and flow.came:
+        fresh = dict[int, Tree]()
+        if asked:
+            told = (strategy.broadcast(state), tree.at(memory, rows), *study.clients.fed(round, asked))
+            fresh, mem = each(asked, in_blocks(study.way.many, *told, block, smaller))
+            memory = tree.map(partial(_put, rows), memory, tree.bare(mem))
+        state, clock, old = folded(study.plan, strategy, state, round, flow, fresh)
+        stale += old
+    elif flow is None and asked:
         given = (strategy, study.way.many, state, tree.at(memory, rows), *study.clients.fed(round, asked), round)
         if study.plan.buffer is None:
             state, kept = simulate_round(*given, block, study.keep, smaller)
@@ -149,9 +160,12 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
         if len(now.sites) - len(out) < study.plan.quorum:
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
     round_s = [*at.round_s, time.monotonic() - began]
-    lasted = study.clients.lasts(round)
-    virtual_s = at.virtual_s if lasted is None else [*at.virtual_s, lasted]
-    return Standing(round + 1, state, memory, known, clock, block, stale, history, round_s, virtual_s)
+    virtual_s = at.virtual_s
+    if flow is not None:
+        virtual_s = [*virtual_s, clock.now - at.clock.now]
+    elif (lasted := study.clients.lasts(round, at.clock.now)) is not None:
+        virtual_s, clock = [*virtual_s, lasted], clock._replace(now=clock.now + lasted)
+    return Standing(round + 1, state, memory, known, clock, block, stale, history, round_s, virtual_s, len(asked))
 
 
 def recalled(memory: Tree, known: list[int], asked: list[int], fresh: Tree) -> tuple[Tree, list[int], Tensor]:
@@ -163,7 +177,7 @@ def recalled(memory: Tree, known: list[int], asked: list[int], fresh: Tree) -> t
     if new:
         place |= {client: len(known) + n for n, client in enumerate(new)}
         memory = tree.map(lambda old, one: torch.cat([old, one.expand(len(new), *one.shape)]), memory, fresh)
-    return memory, [*known, *new], torch.tensor([place[client] for client in asked])
+    return memory, [*known, *new], torch.tensor([place[client] for client in asked], dtype=torch.long)
 
 
 def _put(at: Tensor, old: Tensor, new: Tensor) -> Tensor:

@@ -167,8 +167,13 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
     """
     if policies is not None:
         raise ConfigError("simulation.policy: is a site's, and the clients of a population are no sites; use null")
-    if plan.buffer is not None:
-        raise ConfigError("buffer: a population's rounds wait for its cohort, or until deadline_s; use null")
+    if plan.buffer is not None and population.step_s is None:
+        raise ConfigError("buffer: the population has no clock; give population.step_s, or use null")
+    if plan.buffer is None and population.answers is not None:
+        raise ConfigError(
+            f"population.answers: {population.answers}, but the plan's rounds wait for the cohort; give buffer.answers too, "
+            "or use null"
+        )
     if plan.local.within_s is not None and population.step_s is None:
         raise ConfigError("local.within_s: the population has no clock; give population.step_s, or use null")
     if population.clients is not None:
