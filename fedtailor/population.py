@@ -19,6 +19,8 @@ class Population(BaseModel):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the chance that a client that was asked does not answer
     step_s: PositiveFloat | None = None  # virtual seconds of the median client's local step; None: no clock
     step_spread: Annotated[float, Field(ge=0, le=5)] = 0.0  # of its logarithm, over the clients
+    devices: str | None = None  # in the place of both, a JSON file of real devices' speeds and lines
+    availability: str | None = None  # a JSON file that says when devices are there; None: always
 
     @model_validator(mode="after")
     def _within(self) -> Self:
@@ -29,6 +31,21 @@ class Population(BaseModel):
         if self.clients is not None and self.answers is not None and self.answers > self.clients:
             raise ValueError(f"answers: {self.answers} is more than all {self.clients} clients")
         return self
+
+    @model_validator(mode="after")
+    def _by_one_clock(self) -> Self:
+        if self.devices is not None and (self.step_s is not None or self.step_spread):
+            raise ValueError(
+                "devices, step_s, step_spread: the file has every device's own speed; use it, or the others"
+            )
+        if self.availability is not None and not self.timed:
+            raise ValueError("availability: there is no clock to go by; give step_s or devices too")
+        return self
+
+    @property
+    def timed(self) -> bool:
+        """Whether there is a virtual clock."""
+        return self.step_s is not None or self.devices is not None
 
     @property
     def options(self) -> dict[str, Any]:

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.simulations.buffered import Answer, Clock
-from fedtailor.simulations.devices import Trip
+from fedtailor.simulations.devices import WAKES, Trip
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
 
-WAKES = 100  # times that somebody comes until one of them can be asked
 Draw = Callable[[int, int, int, set[int], float], list[int]]
 """Clients that begin: round, which draw of it, how many, who cannot, the virtual second; fewer where there are no more."""
 

@@ -19,13 +19,13 @@ from fedtailor.privacy.accounting import Charge, epsilon
 from fedtailor.privacy.planning import Sampling
 from fedtailor.privacy.site_accounting import epsilon_after
 from fedtailor.recipe import Dataset
-from fedtailor.simulations import partitions
+from fedtailor.simulations import partitions, traces
 from fedtailor.simulations.arrivals import Flow, flow
 from fedtailor.simulations.buffered import Clock
 from fedtailor.simulations.cohort import batches_of, fed
-from fedtailor.simulations.devices import Answers, Trips, answers, trips
+from fedtailor.simulations.devices import Answers, Fleet, Trips, answers, trips
 from fedtailor.simulations.drawn import drawn
-from fedtailor.simulations.draws import drawn_of, everybody
+from fedtailor.simulations.draws import drawn_of
 from fedtailor.simulations.natural import natural
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
@@ -97,25 +97,27 @@ def sites(plan: Plan, turn: Callable[[int], Plan], data: Mapping[str, Dataset], 
     return Clients(lambda round, now=0.0: [number[site] for site in turn(round).sites], of_round, len(plan.sites))
 
 
-def population(plan: Plan, dealt: Dealt, of: Population) -> Clients:
+def population(plan: Plan, dealt: Dealt, of: Population, fleet: Fleet) -> Clients:
     """Virtual clients, who have the rows that they were ``dealt``. A client without rows is never asked."""
     secret = sampling_of(plan, of).rate < 1
 
     def trip(round: int, asked: Sequence[int], now: float) -> Trips:
-        return trips(plan, of, round, asked)
+        return trips(plan, of, round, asked, now, fleet, dealt.sizes(asked).tolist())
 
     @lru_cache(maxsize=2)  # of this round and the one before
     def answered(round: int, now: float) -> Answers:
         rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round))
-        size = rng.binomial(of.many, of.cohort / of.many) if secret else of.cohort
-        chosen: list[int] = np.sort(rng.choice(of.many, size, replace=False, shuffle=False)).tolist()
+        here, begins = fleet.begins(of.many, now)
+        size = rng.binomial(of.many, of.cohort / of.many) if secret else min(of.cohort, here.many)
+        chosen: list[int] = here.of(np.sort(rng.choice(here.many, size, replace=False, shuffle=False))).tolist()
         rows = dealt.sizes(chosen).tolist()
         asked = [k for k, some in zip(chosen, rows, strict=True) if some]
-        return answers(plan, asked, trip(round, asked, now))
+        found = answers(plan, asked, trip(round, asked, begins))
+        return found if found.lasts is None else found._replace(lasts=begins - now + found.lasts)
 
     def draw(round: int, nth: int, count: int, without: set[int], now: float) -> list[int]:
         rng = np.random.default_rng(seeds.number(plan.seed, "cohort", round, nth))
-        return drawn_of(everybody(of.many), count, without, rng, lambda some: (dealt.sizes(some) > 0).tolist())
+        return drawn_of(fleet.here(of.many, now), count, without, rng, lambda some: (dealt.sizes(some) > 0).tolist())
 
     def of_round(round: int, clients: Sequence[int]) -> Fed:
         rows = [dealt.of(k) for k in clients]
@@ -124,13 +126,17 @@ def population(plan: Plan, dealt: Dealt, of: Population) -> Clients:
         live = (torch.arange(plan.local.steps) < trip(round, clients, 0.0).taken[:, None]).float()
         return Fed(batches, live, torch.tensor(counts).float())
 
-    prints = (_print(dealt),) if isinstance(dealt, partitions.Shares) and of.partition == "natural" else ()
+    prints = tuple(traces.prints(of).values())
+    if isinstance(dealt, partitions.Shares) and of.partition == "natural":
+        prints += (_print(dealt),)
     return Clients(
         lambda round, now=0.0: answered(round, now).clients,
         of_round,
         of.cohort,
         lambda round, now=0.0: answered(round, now).lasts,
-        None if plan.buffer is None else partial(flow, plan, fills_of(plan, of), of.cohort, draw, trip),
+        None
+        if plan.buffer is None
+        else partial(flow, plan, fills_of(plan, of), of.cohort, draw, trip, wakes=fleet.wakes),
         prints,
     )
 

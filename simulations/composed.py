@@ -13,7 +13,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.privacy.planning import resolve
 from fedtailor.report import write_run
 from fedtailor.result import Result
-from fedtailor.simulations import policies
+from fedtailor.simulations import policies, traces
 from fedtailor.simulations.clients import epsilon_of, sampling_of
 from fedtailor.simulations.run import simulate as run_study
 from fedtailor.simulations.setting import OnEvent
@@ -93,6 +93,8 @@ def told(experiment: Experiment) -> dict[str, Any]:
     said: dict[str, Any] = simulation.model_dump(mode="json", by_alias=True, include={"data", "step_s"})
     if simulation.policy is not None:
         said["policy"] = {"path": str(simulation.policy), "sha256": store.digest(simulation.policy)}
+    if simulation.population is not None and (found := traces.prints(simulation.population)):
+        said["traces"] = found
     return said
 
 

@@ -20,6 +20,7 @@ from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, rows_of, with_rows
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.devices import fleet
 from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, choose
 from fedtailor.simulations.policies import Gate, admit
@@ -115,7 +116,7 @@ def prepare(
         if population.partition == "natural":
             population = counted(population, len(set(cells)))
             _counts(plan, population)
-        clients = virtual(plan, dealt, population)
+        clients = virtual(plan, dealt, population, fleet(plan, population, strategy, start))
     feed = feed_from(plan, rows_of(data), strategy.start(cast, strategy.remember(start)))
     large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
     together = gate is None and plan.buffer is None and large
@@ -167,15 +168,24 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
     """
     if policies is not None:
         raise ConfigError("simulation.policy: is a site's, and the clients of a population are no sites; use null")
-    if plan.buffer is not None and population.step_s is None:
-        raise ConfigError("buffer: the population has no clock; give population.step_s, or use null")
+    if plan.buffer is not None and not population.timed:
+        raise ConfigError(
+            "buffer: the population has no clock; give population.step_s or population.devices, or use null"
+        )
+    if plan.site is not None and population.availability is not None:
+        raise ConfigError(
+            "population.availability: with privacy.unit=site rounds must be secret Poisson samples of all clients, and who "
+            "is there is no secret; use null, or another privacy"
+        )
     if plan.buffer is None and population.answers is not None:
         raise ConfigError(
             f"population.answers: {population.answers}, but the plan's rounds wait for the cohort; give buffer.answers too, "
             "or use null"
         )
-    if plan.local.within_s is not None and population.step_s is None:
-        raise ConfigError("local.within_s: the population has no clock; give population.step_s, or use null")
+    if plan.local.within_s is not None and not population.timed:
+        raise ConfigError(
+            "local.within_s: the population has no clock; give population.step_s or population.devices, or use null"
+        )
     if population.clients is not None:
         _counts(plan, population)
     return sampling_of(plan, population)

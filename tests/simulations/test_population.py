@@ -59,7 +59,8 @@ def test_blocks_and_ways_do_not_show(plan, sources, partition):
     for how in ({"block": 1}, {"block": 7}, {"path": "vmap"}, {"path": "loop"}):
         equal(params, simulate(made, sources, population=people(partition), **how)[1])
     told = {"partition": partition, "clients": 20, "cohort": 6, **OPTIONS[partition]}
-    assert result.population == told | {"answers": None, "dropout": 0.0, "step_s": None, "step_spread": 0.0}
+    rest = {"answers": None, "dropout": 0.0, "step_s": None, "step_spread": 0.0, "devices": None, "availability": None}
+    assert result.population == told | rest
     assert set(result.sites) == set(made.sites) and result.metrics["local_only"] == {}
 
 
