@@ -121,7 +121,8 @@ def presence(path: str) -> Presence:
                 f"active[{device}]: not intervals [start, end], ascending from 0 to period_s[{device}]={period[device]:g}",
             )
     first = np.concatenate([[0], np.cumsum([len(one) for one in active], dtype=np.int64)])
-    flat = np.array([pair for one in active for pair in one], np.float64).reshape(-1, 2)
+    cells = (cell for one in active for pair in one for cell in pair)
+    flat = np.fromiter(cells, np.float64).reshape(-1, 2)
     if not len(flat):
         raise _wrong("availability", path, "active: no device is ever there")
     return Presence(flat[:, 0].copy(), flat[:, 1].copy(), first, period)
@@ -172,11 +173,12 @@ def apart(intervals: object, period: float) -> bool:
     if not isinstance(intervals, list):
         return False
     for pair in intervals:
-        if not isinstance(pair, list) or len(pair) != 2 or any(type(x) not in (int, float) for x in pair):
+        if not isinstance(pair, list) or len(pair) != 2:
             return False
-        if not before <= pair[0] < pair[1] <= period:
+        low, high = pair
+        if type(low) not in (int, float) or type(high) not in (int, float) or not before <= low < high <= period:
             return False
-        before = pair[1]
+        before = high
     return True
 
 

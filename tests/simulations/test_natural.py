@@ -33,7 +33,7 @@ def people(column="ward", cohort=3, **more):
 
 
 def ready(plan, sources, of):
-    how = {"block": 64, "path": "auto", "policies": None, "step_s": None}
+    how = {"block": 64, "path": "loop", "policies": None, "step_s": None}
     return prepare(plan, sources, **how, population=of, on_event=lambda event: None)
 
 
@@ -73,6 +73,7 @@ def test_sites_as_clients_train_as_sites(plan, sources):
     assert all(torch.allclose(by_sites[name], by_column[name], atol=1e-6) for name in by_sites)
 
 
+@pytest.mark.slow
 def test_the_result_says_how_many_and_a_sweep_knows_it_again(plan, sources):
     of = people()
     result, params = simulate(plan(**QUIET), with_wards(sources), population=of)
