@@ -28,8 +28,6 @@ class Population(BaseModel):
             raise ValueError("clients: null is for population=natural, whose data have a number of their own; give one")
         if self.clients is not None and self.cohort > self.clients:
             raise ValueError(f"cohort: {self.cohort} is more than all {self.clients} clients")
-        if self.clients is not None and self.answers is not None and self.answers > self.clients:
-            raise ValueError(f"answers: {self.answers} is more than all {self.clients} clients")
         return self
 
     @model_validator(mode="after")

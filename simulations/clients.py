@@ -123,7 +123,9 @@ def population(plan: Plan, dealt: Dealt, of: Population, fleet: Fleet) -> Client
         rows = [dealt.of(k) for k in clients]
         counts = [len(mine) for mine in rows]
         batches = fed(plan, [f"client {k}" for k in clients], counts, round, torch.cat(rows))
-        live = (torch.arange(plan.local.steps) < trip(round, clients, 0.0).taken[:, None]).float()
+        live = torch.ones(len(clients), plan.local.steps)
+        if plan.local.within_s is not None:  # else nobody takes fewer
+            live = (torch.arange(plan.local.steps) < trip(round, clients, 0.0).taken[:, None]).float()
         return Fed(batches, live, torch.tensor(counts).float())
 
     prints = tuple(traces.prints(of).values())

@@ -15,7 +15,7 @@ from fedtailor.population import Population
 from fedtailor.privacy.planning import Sampling, resolve, strategy_of
 from fedtailor.recipe import Dataset, Recipe
 from fedtailor.simulations.buffered import Clock, steps_within
-from fedtailor.simulations.clients import Clients, deal, epsilon_of, sampling_of, sites
+from fedtailor.simulations.clients import Clients, deal, epsilon_of, fills_of, sampling_of, sites
 from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, rows_of, with_rows
 from fedtailor.simulations.crew import Duty
@@ -192,7 +192,12 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
 
 
 def _counts(plan: Plan, population: Population) -> None:
-    """Raise a ConfigError if the strategy goes by another number of clients than there are."""
+    """Raise a ConfigError if the strategy goes by another number of clients than there are, or a round by more."""
+    if plan.buffer is not None and fills_of(plan, population) > population.many:
+        raise ConfigError(
+            f"population.answers: {fills_of(plan, population)} answers close a round, more than all {population.many} "
+            f"clients; give population.answers={population.many}, or less"
+        )
     inside, name = plan.strategy.model_extra, "strategy"
     while isinstance(inside, dict):  # a strategy may wrap another
         told = inside.get("population")

@@ -251,8 +251,8 @@ def test_what_is_for_sites_is_refused(plan, sources):
         simulate(plan(buffer={"answers": 2}, quorum=1), sources, population=of)
     with pytest.raises(ConfigError, match="population.answers: 2, but the plan's rounds wait"):
         simulate(plan(), sources, population=people(answers=2))
-    with pytest.raises(ConfigError, match="answers: 21 is more than all 20 clients"):
-        load(["study=heart", "population=iid", "population.clients=20", "population.cohort=6", "population.answers=21"])
+    with pytest.raises(ConfigError, match="population.answers: 21 answers close a round, more than all 20 clients"):
+        simulate(plan(buffer={"answers": 2}, quorum=1), sources, population=people(answers=21, step_s=1.0))
     local = {"steps": 2, "rate": 0.4, "lr": 0.3, "within_s": 3.0}
     with pytest.raises(ConfigError, match="local.within_s: the population has no clock; give population.step_s"):
         simulate(plan(local=local), sources, population=of)
