@@ -10,8 +10,9 @@ from torch import Tensor
 from fedtailor import tree
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.feed import Batch
-from fedtailor.simulations.folded import Folded, Layer
-from fedtailor.simulations.layers import beside, squared
+from fedtailor.simulations.folded import Folded
+from fedtailor.simulations.layers import LINEAR, beside, positions, squared
+from fedtailor.simulations.stands import Layer
 from fedtailor.tree import Params
 
 Uses = list[tuple[Tensor, Tensor]]  # of one layer: what it was given, and the gradient of what it made, of this shape
@@ -110,7 +111,14 @@ def _uses(model: Folded, losses: Tensor, weights: Tensor) -> list[tuple[Layer, U
     for call, delta in zip(calls, deltas, strict=True):
         if delta is not None:
             found[call.layer.name].append((call.given, delta))
-    return [(layer, found[layer.name]) for layer in model.layers if found[layer.name]]
+    return [(layer, _together(layer, found[layer.name])) for layer in model.layers if found[layer.name]]
+
+
+def _together(layer: Layer, uses: Uses) -> Uses:
+    """A linear layer's uses as one: each example's positions are those of all of them."""
+    if layer.kind is not LINEAR or len(uses) == 1:
+        return uses
+    return [tuple(torch.cat([positions(x, len(x)) for x in each], 1) for each in zip(*uses, strict=True))]  # type: ignore[list-item]
 
 
 def _summed(layer: Layer, uses: Uses, clients: int) -> Params:

@@ -83,6 +83,24 @@ class Viewed(nn.Module):
         return self.linear(self.dropout(self.convolution(x).relu()).view(len(x), -1))
 
 
+class Sequences(nn.Module):
+    """A recurrent layer between two linear ones, one of which says where it begins."""
+
+    def __init__(self, kind, **settings):
+        super().__init__()
+        self.begin, self.layer = nn.Linear(3, 4), kind(3, 4, **settings)
+        self.head = nn.Linear(4 * (1 + self.layer.bidirectional), 3)
+
+    def forward(self, x):
+        number = self.layer.num_layers * (1 + self.layer.bidirectional)
+        first = self.begin(x[:, 0]).expand(number, -1, -1)
+        begin = (first, first.tanh()) if self.layer.mode == "LSTM" else first
+        shown, end = self.layer(x if self.layer.batch_first else x.transpose(0, 1), begin)
+        end = end[0] + end[1] if isinstance(end, tuple) else end
+        last = shown[:, -1] if self.layer.batch_first else shown[-1]
+        return self.head(last) + end.sum(0) @ torch.eye(4, 3, dtype=x.dtype)
+
+
 def numbers(*shape):
     return lambda rng, *leading: torch.randn(*leading, *shape, generator=rng, dtype=torch.double)
 
@@ -111,6 +129,11 @@ MODELS = {
 }
 
 
+MODELS |= {
+    "rnn": (lambda: Sequences(nn.RNN, nonlinearity="relu"), numbers(3, 3)),
+    "gru": (lambda: Sequences(nn.GRU, num_layers=2), numbers(3, 3)),
+    "lstm": (lambda: Sequences(nn.LSTM, batch_first=True, bidirectional=True, num_layers=2), numbers(3, 3)),
+}
 OTHERS = {"wide": (WIDE, numbers(300)), "wide twice": (Wide, numbers(300)), "dropout": (DROPS, numbers(6)),
           "text unpadded": (lambda: Text(None), tokens)}  # fmt: skip
 
