@@ -1,6 +1,8 @@
 """A block of clients trained as one batched computation: what ``local_train`` does under ``vmap``, without ``vmap``."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ def block_train(
     *,
     feed: Feed = NOTHING,
     together: bool = False,
+    half: bool = False,
 ) -> Many:
     """Build what ``vmapped(local_train(...))`` is, for a recipe whose model's layers all have a batched form.
 
@@ -35,6 +38,7 @@ def block_train(
         feed: where batches that name rows and seeds get examples and noise from.
         together: where the strategy adds up weighted changes, give the block's sum as one summand ``[1, ...]``: for who
             asks for no client's own. It is less work, much less where linear layers are large.
+        half: run the model in bfloat16. Losses, every gradient's length, what is added up and the weights are float32.
 
     Raises:
         NotBatchable: if a layer has no batched form; also by the result, if the model changes an activation in place.
@@ -42,13 +46,21 @@ def block_train(
     """
     if strategy.needs_loss and clip is not None:
         raise ConfigError(NO_LOSS)
-    model, defaults = folded(recipe), Strategy._field_defaults
+    model, defaults = folded(recipe)._replace(half=half), Strategy._field_defaults
     starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
     weighted = strategy.report if together and strategy.reduce.is_sum else None
     weighted = weighted if isinstance(weighted, WeightedChange) else None
     rooms: Rooms = {}
 
-    def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
+    def many(*given: Any) -> tuple[Tree, Tree]:
+        model.tape.careful, model.tape.odd = False, None
+        found = once(*given)
+        if model.tape.odd is not None and not math.isfinite(float(model.tape.odd)):
+            model.tape.careful = True  # then all steps again, with a second look in each
+            found = once(*given)
+        return found
+
+    def once(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
         clients, steps = live.shape
         known: Tree = {"memory": memory, "num_examples": num_examples, "num_steps": live.sum(1)}
         if "seed" in batches:

@@ -1,8 +1,10 @@
 """A recipe's model that runs a block of clients at once, each on weights of its own."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fedtailor import seeds
@@ -60,6 +62,8 @@ class Tape:
     calls: list[Call] = field(default_factory=list)
     seed: Tensor | None = None  # [K]: each client's, for dropout
     draws: int = 0  # dropouts so far
+    careful: bool = False  # whether examples' gradients are measured in float64 from the start
+    odd: Tensor | None = None  # []: not finite, where a length was not and nobody has looked
 
 
 class _Stand(nn.Module):
@@ -103,15 +107,27 @@ class Folded(NamedTuple):
     module: nn.Module
     layers: tuple[Layer, ...]
     tape: Tape
+    half: bool = False  # whether it runs in bfloat16: weights, what they are given and gradients stay float32
 
     def run(self, params: Params, x: Tensor, clients: int) -> Tensor:
         """Outputs ``[K * B, ...]`` on ``x [K * B, ...]``; parameters are ``[K, ...]``, or ``[1, ...]`` where all share them."""
         self.tape.clients, self.tape.params, self.tape.calls = clients, params, []
-        outputs: Tensor = self.module(x)
+        outputs = halved(self.module, x) if self.half else self.module(x)
         for call in self.tape.calls:
             if call.output._version != call.version:
                 raise NotBatchable(f"{call.layer.name}: its output is changed in place")
         return outputs
+
+
+def halved(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A module's outputs, in float32, of products and convolutions in bfloat16."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, cache_enabled=False):
+        return single(module(*inputs))
+
+
+def single(x: Tensor) -> Tensor:
+    """bfloat16 as float32, and anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def folded(recipe: Recipe) -> Folded:

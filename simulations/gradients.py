@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtailor import tree
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.feed import Batch
-from fedtailor.simulations.folded import Folded, Layer
+from fedtailor.simulations.folded import Folded, Layer, Tape, single
 from fedtailor.simulations.layers import beside, squared
 from fedtailor.tree import Params
 
@@ -53,7 +53,7 @@ def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Bat
     made: list[dict[str, Params]] = [{} for _ in uses]  # examples' gradients, where they cost less than their lengths
     lengths = [_squares(layer, use, own) for one, own in zip(uses, made, strict=True) for layer, use in one]
     squares, gone = torch.stack(lengths).sum(0), None
-    if not math.isfinite(float(squares.sum())):  # seldom, and so worth a second look: some may overflow float32 only
+    if _odd(model.tape, squares.sum()):  # seldom, and so worth a second look: some may overflow float32 only
         lengths = [
             _squares(layer, [(_double(a), b.double()) for a, b in use], {}) for one in uses for layer, use in one
         ]
@@ -65,6 +65,19 @@ def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Bat
         [_scaled(layer, use, own.get(layer.name), scale, gone, len(batch.scale)) for layer, use in one]
         for one, own in zip(uses, made, strict=True)
     ]
+
+
+def waits(x: Tensor) -> bool:
+    """Whether to look at a number of the device's in every step; a GPU would wait for it."""
+    return x.device.type == "cpu"
+
+
+def _odd(tape: Tape, total: Tensor) -> bool:
+    """Whether lengths need the second look; where that is not known yet, ``tape.odd`` keeps what will tell."""
+    if tape.careful or waits(total):
+        return tape.careful or not math.isfinite(float(total))
+    tape.odd = total if tape.odd is None else tape.odd + total
+    return False
 
 
 def _scaled(layer: Layer, uses: Uses, made: Params | None, scale: Tensor, gone: Tensor | None, clients: int) -> Part:
@@ -109,7 +122,8 @@ def _uses(model: Folded, losses: Tensor, weights: Tensor) -> list[tuple[Layer, U
     found: dict[str, Uses] = {layer.name: [] for layer in model.layers}
     for call, delta in zip(calls, deltas, strict=True):
         if delta is not None:
-            found[call.layer.name].append((call.given, delta))
+            use = (single(call.given), single(delta)) if model.half else (call.given, delta)
+            found[call.layer.name].append(use)
     return [(layer, found[layer.name]) for layer in model.layers if found[layer.name]]
 
 

@@ -34,7 +34,7 @@ def seeded(like: Tree, std: float) -> Noise:
         at_once = steps if total * steps <= AT_ONCE else 1
         table = _quantiles() * std
         values = table if first.dtype == torch.double else table.astype(np.float32)
-        zeros, drawn = bytes(2 * at_once * total), torch.empty(0)
+        zeros, drawn = bytes(2 * at_once * total), first.new_empty(0)
         bits = np.empty((len(streams), len(zeros) + SPARE + 1), np.uint8)  # an even number, to be seen as 16 bits each
         for step in range(steps):
             if step % at_once == 0:
