@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from fedtailor.simulations import gradients
 from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import Many
 from fedtailor.simulations.feed import NOTHING, Feed, Rooms
-from fedtailor.simulations.folded import folded
+from fedtailor.simulations.folded import Tape, folded
+from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.layers import beside
 from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS
@@ -30,6 +32,7 @@ def block_train(
     feed: Feed = NOTHING,
     together: bool = False,
     half: bool = False,
+    replay: Replay = plainly,
 ) -> Many:
     """Build what ``vmapped(local_train(...))`` is, for a recipe whose model's layers all have a batched form.
 
@@ -39,6 +42,7 @@ def block_train(
         together: where the strategy adds up weighted changes, give the block's sum as one summand ``[1, ...]``: for who
             asks for no client's own. It is less work, much less where linear layers are large.
         half: run the model in bfloat16. Losses, every gradient's length, what is added up and the weights are float32.
+        replay: see :mod:`fedtailor.simulations.graphs`.
 
     Raises:
         NotBatchable: if a layer has no batched form; also by the result, if the model changes an activation in place.
@@ -50,19 +54,13 @@ def block_train(
     starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
     weighted = strategy.report if together and strategy.reduce.is_sum else None
     weighted = weighted if isinstance(weighted, WeightedChange) else None
-    rooms: Rooms = {}
 
-    def many(*given: Any) -> tuple[Tree, Tree]:
-        model.tape.careful, model.tape.odd = False, None
-        found = once(*given)
-        if model.tape.odd is not None and not math.isfinite(float(model.tape.odd)):
-            model.tape.careful = True  # then all steps again, with a second look in each
-            found = once(*given)
-        return found
-
-    def once(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
+    def once(
+        rooms: Rooms, careful: bool, cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor
+    ) -> Tree:
+        model.tape.careful, model.tape.odd = careful, None
         clients, steps = live.shape
-        known: Tree = {"memory": memory, "num_examples": num_examples, "num_steps": live.sum(1)}
+        known: Tree = {"memory": memory, "num_examples": counts, "num_steps": live.sum(1)}
         if "seed" in batches:
             known["seed"] = batches["seed"][:, 0]
         model.tape.seed, model.tape.draws = known.get("seed"), 0
@@ -96,12 +94,25 @@ def block_train(
         if weighted is not None:
             number, others = _weigh(weighted, cast, known, clients, lr)
             delta = sets[""].total(number, cast["params"])
-            return {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others), memory
+            summand = {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others)
+            return {"summand": summand, "memory": memory} | _odd(model.tape)
         ended = known | {"params": _one({name: each.explicit(clients) for name, each in sets.items()})}
         found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
+        return found | _odd(model.tape)
+
+    step, careful = replay(lambda: partial(once, {}, False)), partial(once, {}, True)
+
+    def many(*given: Any) -> tuple[Tree, Tree]:
+        found = step(*given)
+        if "odd" in found and not math.isfinite(float(found["odd"])):
+            found = careful(*given)  # all steps again, with a second look in each
         return found["summand"], found["memory"]
 
     return many
+
+
+def _odd(tape: Tape) -> Tree:
+    return {} if tape.odd is None else {"odd": tape.odd}
 
 
 def _sets(params: Tree) -> dict[str, Tree]:

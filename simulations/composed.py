@@ -81,6 +81,7 @@ def run(
             workers=simulation.workers,
             device=simulation.device,
             precision=simulation.precision,
+            graphs=simulation.graphs,
             checkpoint=checkpoint,
             every_s=simulation.checkpoint_s,
             resume=resume,

@@ -17,6 +17,7 @@ from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.engine import Many, vmapped
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.folded import NotBatchable
+from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.hardware import drawn
 from fedtailor.simulations.precision import half_losses
 from fedtailor.strategies import fedavg
@@ -38,6 +39,7 @@ class Task(NamedTuple):
     block: int  # clients at once, at most
     together: bool  # whether nobody asks for one client's summand
     half: bool = False  # whether models run in bfloat16
+    replay: Replay = plainly  # of blocks
 
 
 class Round(NamedTuple):
@@ -195,7 +197,7 @@ def _loop(task: Task, why: str) -> Way:
 
 
 def _block(task: Task, block: int, why: str = "") -> Way:
-    how: dict[str, Any] = {"feed": task.feed, "together": task.together, "half": task.half}
+    how: dict[str, Any] = {"feed": task.feed, "together": task.together, "half": task.half, "replay": task.replay}
     many = block_train(task.recipe, task.strategy, task.lr, task.clip, **how)
     return Way(many, "block", block, why)
 

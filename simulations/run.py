@@ -45,6 +45,7 @@ def simulate(
     workers: int = 1,
     device: str = "cpu",
     precision: Precision = "float32",
+    graphs: bool = False,
     checkpoint: Path | None = None,
     every_s: float = 60.0,
     resume: bool = False,
@@ -69,6 +70,7 @@ def simulate(
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
         device: that clients are trained on, see :func:`fedtailor.simulations.hardware.device_of`.
         precision: how exactly models multiply, see :mod:`fedtailor.simulations.precision`.
+        graphs: replay a block's work as a CUDA graph, see :mod:`fedtailor.simulations.graphs`; on a CPU nothing changes.
         checkpoint: where to write how far the study is, at most every ``every_s`` seconds.
         resume: go on from ``checkpoint``, where there is one: the result is then the same bit for bit, on this machine
             and unless ``path`` is ``measure``, which asks the clock.
@@ -89,6 +91,7 @@ def simulate(
         "population": population,
         "device": device,
         "precision": precision,
+        "graphs": graphs,
     }
     with multiplied(precision, plan):
         study = prepare(plan, sources, **how, on_event=on_event)

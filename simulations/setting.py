@@ -21,6 +21,7 @@ from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, with_rows
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.graphs import replaying
 from fedtailor.simulations.hardware import across, device_of, given, home_of, packed, placed, recipe_on
 from fedtailor.simulations.paths import Round, Task, Way, check_half, choose
 from fedtailor.simulations.policies import Gate, admit
@@ -56,6 +57,7 @@ class Setting(NamedTuple):
     device: torch.device  # that clients are trained on
     home: torch.device  # of the state
     precision: Precision
+    graphs: bool
 
     def turn(self, round: int) -> Plan:
         """The plan with the sites whose turn it is."""
@@ -67,7 +69,16 @@ class Setting(NamedTuple):
         asked = self.gate is not None or self.plan.buffer is not None or self.strategy.packed
         summed = self.strategy.reduce.is_sum and not asked
         whole = self.whole.canonical()
-        how = self.way.path, self.way.block, self.together, summed, threads, str(self.device), self.precision
+        how = (
+            self.way.path,
+            self.way.block,
+            self.together,
+            summed,
+            threads,
+            str(self.device),
+            self.precision,
+            self.graphs,
+        )
         return Duty(whole, drawn, *how)
 
     def begin(self) -> Standing:
@@ -101,6 +112,7 @@ def prepare(
     population: Population | None,
     device: str = "cpu",
     precision: Precision = "float32",
+    graphs: bool = False,
     on_event: OnEvent,
 ) -> Setting:
     """Ask the sites, prepare their data and choose how they are trained; see :func:`fedtailor.simulations.run.simulate`."""
@@ -129,6 +141,8 @@ def prepare(
     together = gate is None and plan.buffer is None and large
     clip = None if plan.record is None else plan.record.clip
     task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together, precision == "bf16")
+    if graphs:
+        task = task._replace(replay=replaying(on, lambda why: on_event({"kind": "graphs", "why": why})))
     trial = next((r for r in range(TRIES) if clients.asked(r)), None)
     if trial is None:
         raise ConfigError(
@@ -170,6 +184,7 @@ def prepare(
         on,
         home,
         precision,
+        graphs,
     )
 
 

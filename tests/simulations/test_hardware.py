@@ -36,7 +36,8 @@ def case(name, clip):
 
 
 WAYS = [("block", name) for name in ("linear", "mlp", "conv1d", "conv2d", "text", "dropout", "wide")]
-WAYS += [("grouped", "conv2d"), ("vmap", "mlp"), ("vmap", "lora"), ("loop", "text")]
+WAYS += [("grouped", "conv2d"), ("vmap", "mlp")]
+WAYS += [pytest.param(path, name, marks=pytest.mark.slow) for path, name in (("vmap", "lora"), ("loop", "text"))]
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")

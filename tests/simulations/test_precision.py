@@ -34,11 +34,14 @@ def apart(found, expected):
     return float(tree.norm(tree.map(torch.sub, found["delta"], expected["delta"])) / tree.norm(expected["delta"]))
 
 
+OTHERS = [("vmap", "conv1d"), ("vmap", "sequence"), ("loop", "sequence")]
+
+
 @pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
 @pytest.mark.parametrize(
     "path,name",
     [("block", name) for name in ("mlp", "conv1d", "conv2d", "text", "sequence")]
-    + [("vmap", "conv1d"), ("vmap", "sequence"), ("loop", "sequence")],
+    + [pytest.param(path, name, marks=pytest.mark.slow) for path, name in OTHERS],
 )
 def test_bf16_is_near_and_float32_is_what_it_was(path, name, clip):
     recipe, given = single(name, clip)
