@@ -188,11 +188,11 @@ def main() -> None:
         sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
         duty = Duty(**said | {"sampling": sampling})
         torch.set_num_threads(duty.threads)
-        train = served(duty, Part(rows["x"], rows["y"]))
+        train, clipped = served(duty, Part(rows["x"], rows["y"])), Plan.parse(duty.plan).record is not None
         while True:
             told, _ = _receive(asked)
             try:
-                with multiplied(duty.precision, Plan.parse(duty.plan)):
+                with multiplied(duty.precision, clipped):
                     found, said = train(told), {}
             except Exception as error:  # it ends the simulation there, with its words
                 kind = type(error).__name__

@@ -15,27 +15,29 @@ from fedtailor.config import Precision
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.folded import halved
-from fedtailor.study import Plan
 from fedtailor.training import Losses
 from fedtailor.tree import Tree
 
 
 @contextmanager
-def multiplied(precision: Precision, plan: Plan) -> Iterator[None]:
+def multiplied(precision: Precision, clipped: bool) -> Iterator[None]:
     """While it lasts, a GPU multiplies float32 as asked for; torch's own choice would round in convolutions only.
 
     Numbers of ``bf16`` lose nothing in TF32. But with privacy of records an example's length is measured by products, and
     these, and what is clipped by it, are float32.
 
+    Args:
+        clipped: whether examples' gradients are, as with privacy of records.
+
     Raises:
-        ConfigError: if ``plan`` clips examples, and ``tf32`` would round their lengths.
+        ConfigError: if they are, and ``tf32`` would round their lengths.
     """
-    if plan.record is not None and precision == "tf32":
+    if clipped and precision == "tf32":
         raise ConfigError(
             "simulation.precision: tf32 rounds the lengths that privacy=record clips examples by; use float32, or bf16, "
             "which measures and clips in float32"
         )
-    rounded = precision != "float32" and plan.record is None
+    rounded = precision != "float32" and not clipped
     matmul, cudnn = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = rounded
     try:

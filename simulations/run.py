@@ -93,7 +93,7 @@ def simulate(
         "precision": precision,
         "graphs": graphs,
     }
-    with multiplied(precision, plan):
+    with multiplied(precision, plan.record is not None):
         study = prepare(plan, sources, **how, on_event=on_event)
     prints = [one.fingerprint for one in study.data.values()]
     digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, workers)
@@ -107,7 +107,7 @@ def simulate(
             study.gate.dropped[:] = also["dropped"]
         on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
     with ExitStack() as stack:
-        stack.enter_context(multiplied(precision, plan))
+        stack.enter_context(multiplied(precision, plan.record is not None))
         if workers > 1:
             threads = max(1, torch.get_num_threads() // workers)
             many = stack.enter_context(crew(workers, study.duty(threads), rows_of(study.data))).many

@@ -121,9 +121,9 @@ def test_processes_take_the_precision_that_one_takes(plan, sources):
         ("float32", True, False),
     ],
 )
-def test_a_gpu_rounds_products_as_asked_and_afterwards_as_before(plan, precision, record, rounded):
+def test_a_gpu_rounds_products_as_asked_and_afterwards_as_before(precision, record, rounded):
     before = [each.allow_tf32 for each in FLAGS], torch.get_float32_matmul_precision()
-    with pytest.raises(KeyError), multiplied(precision, plan(privacy=RECORD if record else None)):
+    with pytest.raises(KeyError), multiplied(precision, record):
         assert [each.allow_tf32 for each in FLAGS] == [rounded, rounded]
         raise KeyError
     assert ([each.allow_tf32 for each in FLAGS], torch.get_float32_matmul_precision()) == before
