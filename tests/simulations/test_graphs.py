@@ -122,7 +122,8 @@ def test_noise_differs_from_step_to_step_and_from_replay_to_replay():
 def test_noise_that_the_host_draws_is_not_recorded():
     recipe, given = rounds("mlp", CLIP, FED)
     counted = Counted()
-    feed = Feed(noise=seeded(given[0][0]["params"], CLIP))
+    like = given[0][0]["params"]
+    feed = Feed(noise=seeded(like, CLIP), like=like)
     plain, replays = (
         block_train(recipe, FED, 0.3, CLIP, feed=feed, replay=how) for how in (plainly, recording(counted))
     )

@@ -32,7 +32,7 @@ def case(name, clip):
     rows = torch.arange(batches["y"].numel()).view(batches["y"].shape)
     table = Part(batches.pop("x").flatten(0, 2), batches.pop("y").flatten())
     batches |= {"rows": rows} | ({} if clip is None else {"noise_seed": torch.arange(K)})
-    return made_up, params, (batches, live, counts), Feed(table, None if clip is None else seeded(params, CLIP))
+    return made_up, params, (batches, live, counts), Feed(table, None if clip is None else seeded(params, CLIP), params)
 
 
 WAYS = [("block", name) for name in ("linear", "mlp", "conv1d", "conv2d", "text", "dropout", "wide")]

@@ -15,7 +15,7 @@ from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.noise import seeded
 
-SEEDS = {"tolist": 1}  # a block's seeds of noise, which the host has anyway
+SEEDS = {"numpy": 1}  # a block's seeds of noise, which the host has anyway
 LENGTHS = {"_local_scalar_dense": 1}  # whether any length of a block's was not finite
 
 
@@ -36,7 +36,7 @@ def test_a_block_waits_for_nothing_but_what_is_named(name, clip, monkeypatch):
     rows = torch.arange(K * S * B).view(K, S, B)
     table = Part(batches.pop("x").flatten(0, 2), batches.pop("y").flatten())
     batches |= {"rows": rows} | ({} if clip is None else {"noise_seed": torch.arange(K)})
-    feed = Feed(table, None if clip is None else seeded(params, CLIP))
+    feed = Feed(table, None if clip is None else seeded(params, CLIP), params)
     for strategy in (strategies.fedavg(), strategies.scaffold(population=K)):
         many = block_train(recipe, strategy, 0.3, clip, feed=feed, together=name == "wide")
         cast, memory = started(strategy, params)
