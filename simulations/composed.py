@@ -79,6 +79,9 @@ def run(
             step_s=simulation.step_s,
             population=simulation.population,
             workers=simulation.workers,
+            device=simulation.device,
+            precision=simulation.precision,
+            graphs=simulation.graphs,
             checkpoint=checkpoint,
             every_s=simulation.checkpoint_s,
             resume=resume,
@@ -88,9 +91,14 @@ def run(
 
 
 def told(experiment: Experiment) -> dict[str, Any]:
-    """What ``result.json`` says of a simulation, beside its plan and population: where data come from, rules and clock."""
+    """What ``result.json`` says of a simulation, beside its plan and population: where data come from, rules and clock.
+
+    And its precision, where it is not float32.
+    """
     simulation = experiment.simulation
     said: dict[str, Any] = simulation.model_dump(mode="json", by_alias=True, include={"data", "step_s"})
+    if simulation.precision != "float32":
+        said["precision"] = simulation.precision
     if simulation.policy is not None:
         said["policy"] = {"path": str(simulation.policy), "sha256": store.digest(simulation.policy)}
     if simulation.population is not None and (found := traces.prints(simulation.population)):
