@@ -79,6 +79,8 @@ def run(
             step_s=simulation.step_s,
             population=simulation.population,
             workers=simulation.workers,
+            ray=simulation.ray,
+            gpus=simulation.gpus,
             checkpoint=checkpoint,
             every_s=simulation.checkpoint_s,
             resume=resume,

@@ -23,6 +23,7 @@ from fedtailor.simulations.cohort import rows_of
 from fedtailor.simulations.conclusion import concluded, measured
 from fedtailor.simulations.crew import ALL, crew
 from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.ray_crew import LOCAL, ray_crew
 from fedtailor.simulations.setting import OnEvent, Setting, prepare
 from fedtailor.simulations.standing import Standing
 from fedtailor.sources import DataSource
@@ -41,6 +42,8 @@ def simulate(
     step_s: Mapping[str, float] | None = None,
     population: Population | None = None,
     workers: int = 1,
+    ray: str | None = None,
+    gpus: float = 0.0,
     checkpoint: Path | None = None,
     every_s: float = 60.0,
     resume: bool = False,
@@ -63,6 +66,9 @@ def simulate(
         population: deals all sites' training rows out to more clients, of whom a round asks some, at random. Metrics stay
             those of the sites' held-out parts. What a round costs follows from its cohort, not from the population.
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
+        ray: ``local``, or a Ray cluster's address: Ray places the workers, one too. Each asks it for as many CPUs as torch
+            has threads here, of which those on this machine get their share each.
+        gpus: what each of these asks for beside.
         checkpoint: where to write how far the study is, at most every ``every_s`` seconds.
         resume: go on from ``checkpoint``, where there is one: the result is then the same bit for bit, on this machine
             and unless ``path`` is ``measure``, which asks the clock.
@@ -71,6 +77,7 @@ def simulate(
         RefusedError: if the rules or the data leave fewer sites than the quorum.
         ConfigError: if a site of the plan has no source, the model cannot be trained as ``path`` says, or the checkpoint
             is of another study.
+        ConnectionFailed: if there is no Ray cluster.
         ContractError: if its data do not satisfy the contract.
         StoreError: if the checkpoint cannot be read or written.
     """
@@ -84,7 +91,8 @@ def simulate(
     }
     study = prepare(plan, sources, **how, on_event=on_event)
     prints = [one.fingerprint for one in study.data.values()]
-    digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, workers)
+    parts = workers if ray is None else f"{workers} of Ray"  # sums of other parts are rounded otherwise
+    digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, parts)
     at = study.begin()
     if resume and checkpoint is not None and checkpoint.exists():
         at, also = standing.load(checkpoint, digest)
@@ -94,9 +102,10 @@ def simulate(
             study.gate.dropped[:] = also["dropped"]
         on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
     with ExitStack() as stack:
-        if workers > 1:
-            threads = max(1, torch.get_num_threads() // workers)
-            many = stack.enter_context(crew(workers, study.duty(threads), rows_of(study.data))).many
+        if workers > 1 or ray is not None:
+            threads = max(1, torch.get_num_threads() // (workers if ray in (None, LOCAL) else 1))
+            given = workers, study.duty(threads), rows_of(study.data)
+            many = stack.enter_context(crew(*given) if ray is None else ray_crew(*given, ray, gpus)).many
             study = study._replace(way=study.way._replace(many=many, block=ALL))
             at = replace(at, block=ALL)
         setup_s = saved = time.monotonic() - began
