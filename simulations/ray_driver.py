@@ -55,7 +55,7 @@ def start(asked: IO[bytes], answers: IO[bytes], folder: str, workers: list[Any])
     if how["address"] == LOCAL:
         alone(how["workers"] * how["threads"], folder)
     else:
-        join(how["address"], answers)
+        join(how["address"], answers, folder)
     workers.extend(place(how, asked))
     begin(workers, rows)
     return {}
@@ -65,16 +65,16 @@ def alone(cpus: int, folder: str) -> None:
     """Start a Ray of its own, whose files lie in ``folder``."""
     import ray
 
-    inside = os.path.join(
-        folder, "r"
-    )  # which Ray opens to everybody; its sockets' names are long, so that this is short
+    inside = os.path.join(folder, "r")  # short, for its sockets' names are long; Ray opens it, but not ``folder``
     try:
         ray.init(LOCAL, num_cpus=cpus, include_dashboard=False, _temp_dir=inside, **QUIET)
     except Exception as error:
-        raise ConfigError(f"simulation.ray: local, but Ray does not start: {_first(error)}") from error
+        raise ConfigError(
+            f"simulation.ray: local, but Ray does not start ({_first(error)}); try when the machine is less busy, or give null: processes"
+        ) from error
 
 
-def join(address: str, answers: IO[bytes]) -> None:
+def join(address: str, answers: IO[bytes], folder: str) -> None:
     """Connect to a cluster. Ray would wait for one for ever, and cannot be interrupted: then this process ends."""
     import ray
 
@@ -86,6 +86,7 @@ def join(address: str, answers: IO[bytes]) -> None:
 
     def give_up() -> None:
         send(answers, {}, {"error": why(f"no answer in {JOINED_S:g} s"), "kind": ConnectionFailed.__name__})
+        shutil.rmtree(folder, ignore_errors=True)
         os._exit(1)
 
     timer = threading.Timer(JOINED_S, give_up)

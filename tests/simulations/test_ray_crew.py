@@ -9,21 +9,23 @@ import sys
 import tempfile
 import time
 from importlib.util import find_spec
+from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 from pydantic import ValidationError
 
+from fedtailor import tree
 from fedtailor.cli.demo import free_port
 from fedtailor.config import Simulation, load
 from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError
 from fedtailor.recipe import Part
 from fedtailor.simulations import composed
 from fedtailor.simulations.cohort import rows_of
-from fedtailor.simulations.crew import Died, Duty
-from fedtailor.simulations.ray_crew import installed, ray_crew
-from fedtailor.simulations.ray_driver import agree
+from fedtailor.simulations.crew import Died, Duty, checked, receive, send, served
+from fedtailor.simulations.ray_crew import Worker, installed, ray_crew
+from fedtailor.simulations.ray_driver import agree, frame
 from fedtailor.simulations.run import simulate
 from fedtailor.simulations.setting import prepare
 
@@ -55,6 +57,12 @@ def of_session(leader):
         except OSError:
             continue
     return found
+
+
+def framed(what, said):
+    pipe = BytesIO()
+    send(pipe, what, said)
+    return pipe.getvalue()
 
 
 def drivers(of):
@@ -109,6 +117,21 @@ def test_settings_reach_the_workers(monkeypatch):
     assert told == [(3, "10.0.0.1:6379", 0.5)]
     with pytest.raises(ValidationError, match="gpus: Ray deals them out; give ray=local"):
         Simulation.model_validate({"data": {"_target_": "x"}, "gpus": 1.0})
+
+
+def test_a_worker_is_told_bytes_and_answers_with_bytes(plan, sources):
+    study = prepare(plan(**QUIET), sources, **HOW, on_event=lambda event: None)
+    duty, rows, worker = study.duty(1), rows_of(study.data), Worker()
+    at, fed = study.begin(), study.clients.fed(0, [0, 1, 2])
+    told = {"cast": study.strategy.broadcast(at.state), "batches": fed.batches, "live": fed.live, "counts": fed.counts}
+    first = framed({"x": rows.x, "y": rows.y}, duty._asdict())
+    assert frame(BytesIO(first + b"the next one")) == first
+    assert checked(*receive(BytesIO(worker.begin(first)))) == {}
+    found = checked(*receive(BytesIO(worker.round(framed(told, {})))))
+    equal(tree.flatten(found), tree.flatten(served(duty, rows)(told)))
+    unknown = duty._replace(plan=duty.plan.replace("strategies.fedavg", "strategies.nothing"))
+    with pytest.raises(ConfigError, match="no such factory"):
+        checked(*receive(BytesIO(worker.begin(framed({"x": rows.x, "y": rows.y}, unknown._asdict())))))
 
 
 def test_machines_with_other_software_are_refused():
