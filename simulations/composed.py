@@ -82,6 +82,8 @@ def run(
             device=simulation.device,
             precision=simulation.precision,
             graphs=simulation.graphs,
+            ray=simulation.ray,
+            gpus=simulation.gpus,
             checkpoint=checkpoint,
             every_s=simulation.checkpoint_s,
             resume=resume,
