@@ -22,7 +22,8 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from fedtailor.config import Experiment, Simulation, build
+from fedtailor import store
+from fedtailor.config import Simulation, build
 from fedtailor.errors import ConfigError, ConnectionFailed, ContractError, FedtailorError, RefusedError, StoreError
 from fedtailor.recipe import Recipe
 from fedtailor.result import Result
@@ -67,8 +68,11 @@ def simulate(plan: Plan, simulation: Simulation, on_event: OnEvent = lambda even
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="flower-", ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
+        asked = {"plan": plan, "simulation": simulation}
+        told = {name: part.model_dump(mode="json", by_alias=True) for name, part in asked.items()}
+        store.write_json(folder / "experiment.json", told)
         with _process(folder, simulation.threads) as process:
-            done = _followed(process, Experiment(plan, simulation), on_event)
+            done = _followed(process, on_event)
         if not done:
             said = _last_line((folder / "log").read_text(errors="replace"))
             raise Ended(f"Flower's simulation runtime ended with code {process.returncode}: {said}")
@@ -127,36 +131,31 @@ def _process(scratch: Path, threads: int | None) -> Iterator[subprocess.Popen[by
     with (scratch / "log").open("wb") as log, ExitStack() as ends:
         process = subprocess.Popen(
             command,
-            stdin=subprocess.PIPE,
+            stdin=subprocess.PIPE,  # it ends when this closes
             stdout=subprocess.PIPE,
             stderr=log,
             env=environment,
             start_new_session=True,
         )
-        ends.enter_context(process)  # waits for it and closes the pipes
-        ends.callback(
-            os.killpg, process.pid, signal.SIGKILL
-        )  # before that: its number is its own until it is waited for
+        ends.enter_context(process)  # closes its pipes
+        ends.callback(process.wait)
+        ends.callback(os.killpg, process.pid, signal.SIGKILL)  # first, while nobody else can have its number
         yield process
 
 
-def _followed(process: subprocess.Popen[bytes], experiment: Experiment, on_event: OnEvent) -> bool:
-    """Tell the process what to run and follow it to its end; whether its result is there."""
-    assert process.stdin is not None and process.stdout is not None
-    asked = {name: part.model_dump(mode="json", by_alias=True) for name, part in experiment._asdict().items()}
-    process.stdin.write(json.dumps(asked).encode() + b"\n")
-    process.stdin.flush()  # and it stays open: the process ends when it closes
-    failed: dict[str, str] = {}
+def _followed(process: subprocess.Popen[bytes], on_event: OnEvent) -> bool:
+    """Follow the process to its end; whether its result is there."""
+    assert process.stdout is not None
+    failed = ""
     for line in process.stdout:
         event: dict[str, Any] = json.loads(line)
         if event["kind"] == "done":
             return True
         if event["kind"] == "failed":
-            failed[event["site"]] = _last_line(event["why"])
+            failed = f"; {event['site']}: {_last_line(event['why'])}"
         if event["kind"] == "error":
-            why = "".join(f"; {site}: {words}" for site, words in sorted(failed.items()))
             kind = next((kind for kind in RAISED if kind.__name__ == event["type"]), Ended)
-            raise kind(event["text"] + why, code=event["code"])
+            raise kind(event["text"] + failed, code=event["code"])
         on_event(event)
     return False
 

@@ -1,13 +1,14 @@
 """The process of ``simulation.engine=flower``: Flower's simulation runtime around our ServerApp and ClientApp.
 
-Started by fedtailor.simulations.flower_engine, never by a person. It is told an experiment by one line of JSON, answers with a
-line for each event, and leaves ``result.json`` and ``model.safetensors`` in the folder it is given. It stands here because
-only this floor may know the server and the client.
+Started by fedtailor.simulations.flower_engine, never by a person. The folder it is given holds ``experiment.json`` and gets
+``result.json`` and ``model.safetensors``; each event is a line of JSON. It stands here because only this floor may know
+the server and the client.
 """
 
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -26,15 +27,15 @@ def main() -> None:
     scratch = Path(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # whatever a library prints goes to the log
-    asked = os.fdopen(os.dup(0), "rb")
+    started_by = os.fdopen(os.dup(0), "rb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    threading.Thread(target=_end_with, args=(started_by, scratch), daemon=True).start()
 
     def say(event: dict[str, Any]) -> None:
         answers.write(json.dumps(event) + "\n")
 
     try:
-        said = json.loads(asked.readline())
-        threading.Thread(target=_end_with, args=(asked,), daemon=True).start()
+        said = json.loads((scratch / "experiment.json").read_text())
         plan, simulation = Plan.model_validate(said["plan"]), Simulation.model_validate(said["simulation"])
         simulated(Experiment(plan, simulation), scratch, say)
         say({"kind": "done"})
@@ -44,9 +45,10 @@ def main() -> None:
     threading.Event().wait()  # to be killed, with what Ray may have left
 
 
-def _end_with(asked: BinaryIO) -> None:
+def _end_with(started_by: BinaryIO, scratch: Path) -> None:
     """End this process and Ray's, all of one session, when whoever started it has ended."""
-    asked.read()
+    started_by.read()
+    shutil.rmtree(scratch, ignore_errors=True)  # nobody else will
     os.killpg(0, signal.SIGKILL)
 
 
