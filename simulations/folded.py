@@ -28,10 +28,11 @@ class Layer(NamedTuple):
     name: str
     module: Any
     kind: Kind
+    names: tuple[tuple[str, str], ...]  # of its parameters: its own, and the model's
 
     def own(self, params: Params) -> Params:
         """Its part of ``params``, by its own names."""
-        return {name: params[self.full(name)] for name, _ in self.module.named_parameters()}
+        return {name: params[full] for name, full in self.names}
 
     def named(self, own: Params) -> Params:
         """The inverse of :meth:`own`."""
@@ -60,6 +61,9 @@ class Tape:
     calls: list[Call] = field(default_factory=list)
     seed: Tensor | None = None  # [K]: each client's, for dropout
     draws: int = 0  # dropouts so far
+    arranged: bool = (
+        True  # whether images may lie with their channels innermost; a model that uses view needs them outermost
+    )
 
 
 class _Stand(nn.Module):
@@ -71,6 +75,7 @@ class _Stand(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer, tape = self.run
+        x = convolutions.arranged(x) if tape.arranged and layer.kind is CONVOLUTION else x
         z, given = layer.kind.forward(layer.module, layer.own(tape.params), x, tape.clients)
         z = z if z.requires_grad else z.requires_grad_()
         tape.calls.append(Call(layer, given, z, z._version))
@@ -107,7 +112,14 @@ class Folded(NamedTuple):
     def run(self, params: Params, x: Tensor, clients: int) -> Tensor:
         """Outputs ``[K * B, ...]`` on ``x [K * B, ...]``; parameters are ``[K, ...]``, or ``[1, ...]`` where all share them."""
         self.tape.clients, self.tape.params, self.tape.calls = clients, params, []
-        outputs: Tensor = self.module(x)
+        draws = self.tape.draws
+        try:
+            outputs: Tensor = self.module(x)
+        except RuntimeError as error:
+            if not (self.tape.arranged and "view size is not compatible" in str(error)):
+                raise
+            self.tape.arranged, self.tape.draws = False, draws
+            return self.run(params, x, clients)
         for call in self.tape.calls:
             if call.output._version != call.version:
                 raise NotBatchable(f"{call.layer.name}: its output is changed in place")
@@ -137,7 +149,8 @@ def folded(recipe: Recipe) -> Folded:
             if (why := _unfit(part)) is not None:
                 raise NotBatchable(f"{name}.{own}: a parameter of {type(part).__name__}{why}")
         if any(True for _ in part.parameters(recurse=False)):
-            layers.append(Layer(name, part, KINDS[type(part)]))
+            names = tuple((own, f"{name}.{own}" if name else own) for own, _ in part.named_parameters())
+            layers.append(Layer(name, part, KINDS[type(part)], names))
             stands[part] = _Stand(layers[-1], tape)
     return Folded(_replaced(module, stands), tuple(layers), tape)
 

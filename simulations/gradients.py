@@ -79,7 +79,7 @@ def _squares(layer: Layer, uses: Uses, made: dict[str, Params]) -> Tensor:
     found = layer.kind.squares(layer.module, *uses[0]) if len(uses) == 1 else None
     if found is None:
         made[layer.name] = _summed(layer, uses, len(uses[0][1]))
-        found = torch.stack([squared(g.flatten(1)) for g in made[layer.name].values()]).sum(0)
+        found = torch.stack([squared(_stored(g)) for g in made[layer.name].values()]).sum(0)
     return found
 
 
@@ -122,8 +122,16 @@ def _summed(layer: Layer, uses: Uses, clients: int) -> Params:
 
 def _weighted(scale: Tensor, each: Tensor, clients: int) -> Tensor:
     """``[K * B, ...]`` summed over each client's examples."""
-    total = torch.bmm(scale.to(each.dtype).view(clients, 1, -1), each.view(clients, len(each) // clients, -1))
-    return total.view(clients, *each.shape[1:])
+    stored = _stored(each)
+    total = torch.bmm(scale.to(each.dtype).view(clients, 1, -1), stored.view(clients, len(each) // clients, -1))
+    return total.as_strided((clients, *each.shape[1:]), (stored.shape[1], *each.stride()[1:]))
+
+
+def _stored(each: Tensor) -> Tensor:
+    """Every row's numbers ``[K * B, N]`` in the order in which they lie, which may be that of images' channels."""
+    number = each.numel() // len(each)
+    assert each.stride(0) == number, "made by a product, and so without gaps"
+    return each.as_strided((len(each), number), (number, 1))
 
 
 def _without(x: Tensor, gone: Tensor | None) -> Tensor:

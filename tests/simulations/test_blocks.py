@@ -6,6 +6,7 @@ from folk import CLIP, MODELS, B, K, S, assert_close, made, one_by_one, referenc
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 
+from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
 from fedtailor.client.safe_optimizer import quiet_hooks
 from fedtailor.recipe import Part
@@ -34,7 +35,7 @@ def test_a_block_is_its_clients_one_at_a_time(name, clip):
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["conv1d", "conv2d"])
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "patches"])
 def test_grouped_convolutions_are_the_loop(name, clip, monkeypatch):
     """What a GPU does, done here."""
     monkeypatch.setattr(convolutions, "looped", lambda x: False)
@@ -145,6 +146,23 @@ def test_the_size_of_a_block_does_not_show(clip, together):
     assert_close(totals[0], totals[2])
 
 
+@pytest.mark.parametrize("innermost", [True, False])
+def test_images_lie_as_the_model_bears_it(innermost):
+    """The run that a view ended has drawn nothing."""
+    recipe, inputs = made("viewed" if not innermost else "patches")
+    model = folded(recipe)
+    params = tree.at(recipes.initial(recipe, 0), None)
+    if not innermost:
+        model.module.dropout.p = 0.5
+    model.tape.seed = torch.arange(K)
+    x = inputs(torch.Generator().manual_seed(0), K * B)
+    first = model.run(params, x, K)
+    assert model.tape.arranged == innermost
+    assert model.tape.calls[0].given.is_contiguous() != innermost and len(model.tape.calls) == 2 + innermost
+    model.tape.arranged, model.tape.draws = False, 0
+    torch.testing.assert_close(model.run(params, x, K), first, rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_differs_by_client_layer_and_step_and_not_by_padding():
     recipe, _ = made("dropout")
     model = folded(recipe)
@@ -165,7 +183,7 @@ GRADIENT = Strategy(
 )
 
 
-@pytest.mark.parametrize("name", ["mlp", "text unpadded", "conv2d", "sequence", "long sequence"])
+@pytest.mark.parametrize("name", ["mlp", "text unpadded", "conv2d", "patches", "sequence", "long sequence"])
 def test_the_sum_of_clipped_gradients_is_opacus(name):
     """One step without noise, lr and scale 1: the change is the sum of the clipped gradients."""
     recipe, inputs = made(name)

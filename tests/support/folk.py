@@ -65,6 +65,24 @@ def conv2d():
     )  # fmt: skip
 
 
+def patches():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 1, bias=False), nn.Flatten(), nn.Linear(30, 3),
+    )  # fmt: skip
+
+
+class Viewed(nn.Module):
+    """Its view bears no image whose channels lie innermost."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.dropout, self.linear = nn.Conv2d(2, 4, 3), nn.Dropout(0.0), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.linear(self.dropout(self.convolution(x).relu()).view(len(x), -1))
+
+
 def numbers(*shape):
     return lambda rng, *leading: torch.randn(*leading, *shape, generator=rng, dtype=torch.double)
 
@@ -88,6 +106,8 @@ MODELS = {
     "twice": (Twice, numbers(6)),
     "conv1d": (conv1d, numbers(2, 6)),
     "conv2d": (conv2d, numbers(2, 6, 6)),
+    "patches": (patches, numbers(2, 7, 9)),
+    "viewed": (Viewed, numbers(2, 6, 6)),
 }
 
 
