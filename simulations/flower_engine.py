@@ -66,7 +66,7 @@ def simulate(plan: Plan, simulation: Simulation, on_event: OnEvent = lambda even
             f"sites: {', '.join(empty)} have no row to train on; leave them out, or simulation.engine=block"
         )
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="flower-", ignore_cleanup_errors=True) as scratch:
+    with tempfile.TemporaryDirectory(prefix="flower-", dir=_short(), ignore_cleanup_errors=True) as scratch:
         folder = Path(scratch)
         asked = {"plan": plan, "simulation": simulation}
         told = {name: part.model_dump(mode="json", by_alias=True) for name, part in asked.items()}
@@ -113,6 +113,12 @@ def check(plan: Plan, simulation: Simulation) -> None:
         )
 
 
+def _short() -> str:
+    """The temporary folder, or /tmp where its name is too long: a Unix socket's path, and Ray's is 85, has 107 bytes at most."""
+    found = tempfile.gettempdir()
+    return found if len(found.encode()) <= 20 else "/tmp"
+
+
 @contextmanager
 def _process(scratch: Path, threads: int | None) -> Iterator[subprocess.Popen[bytes]]:
     """Start the runtime's process. What it and Ray write lies in ``scratch``; both end with the context.
@@ -121,6 +127,7 @@ def _process(scratch: Path, threads: int | None) -> Iterator[subprocess.Popen[by
     all are killed at once.
     """
     environment = os.environ | {
+        "TMPDIR": str(scratch),
         "FLWR_HOME": str(scratch / "flwr"),  # else ~/.flwr
         "RAY_AUTH_MODE": "token",  # else whoever has an account on this machine could run code as this one
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
