@@ -95,6 +95,18 @@ def check(plan: Plan, simulation: Simulation) -> None:
         "population": (simulation.population is not None, "its nodes are the plan's sites", "population=none"),
         "simulation.policy": (simulation.policy is not None, "its nodes ask nobody's rules", "simulation.policy=null"),
         "simulation.step_s": (simulation.step_s, "it has no virtual clock", "simulation.step_s={}"),
+        "simulation.device": (
+            simulation.device not in ("cpu", "auto"),
+            "its nodes train as sites do",
+            "simulation.device=cpu",
+        ),
+        "simulation.precision": (
+            simulation.precision != "float32",
+            "its nodes train as sites do",
+            "simulation.precision=float32",
+        ),
+        "simulation.ray": (simulation.ray is not None, "it starts a Ray of its own", "simulation.ray=null"),
+        "simulation.workers": (simulation.workers > 1, "each node is a process", "simulation.workers=1"),
         "buffer": (plan.buffer is not None, "its rounds wait for all sites", "buffer=null"),
         "local.within_s": (
             plan.local.within_s is not None,
