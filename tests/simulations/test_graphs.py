@@ -210,6 +210,9 @@ def test_recordings_share_no_memory():
         step(*sized(n))
     assert len(made_up) == 3
     recipe, given = rounds("wide", None, FED, many=2)
+    made_up = []
+    block_train(recipe, FED, 0.3, replay=lambda make: made_up.extend(make() for _ in range(2)) or made_up[0])
+    assert made_up[0].args[0] is not made_up[1].args[0], "a block's rooms"
     many = block_train(recipe, FED, 0.3, together=True, replay=recording(Counted()))
     small = [
         tuple([cast, memory, tree.map(lambda x: x[:, :, :2] if x.dim() > 2 else x, fed), *rest])
