@@ -57,7 +57,7 @@ def by_joblib(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[s
     from joblib.externals.loky import get_reusable_executor
     from joblib.externals.loky.process_executor import TerminatedWorkerError
 
-    jobs, left = room.jobs or cores(), {task.folder: task for task in tasks}
+    jobs, left = at_once(tasks, room), {task.folder: task for task in tasks}
     how: dict[str, Any] = {"backend": "loky", "return_as": "generator_unordered", "batch_size": 1, "max_nbytes": None}
     try:
         with threads_each(jobs):
@@ -104,7 +104,7 @@ def by_ray(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[str,
 
     A task whose process is killed is begun once more.
     """
-    jobs = room.jobs or cores()
+    jobs = at_once(tasks, room)
     environment = ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with (
         TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
@@ -161,7 +161,7 @@ def by_submitit(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple
             "--launcher submitit: it comes with an extra: pip install 'fedtailor[slurm]'", code="extra"
         ) from error
 
-    asked, jobs = {"timeout_min": FOR_EVER, **room.asked}, room.jobs or cores()
+    asked, jobs = {"timeout_min": FOR_EVER, **room.asked}, at_once(tasks, room)
     folder = room.root / "submitit"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -234,6 +234,11 @@ def _answer(ask: Callable[[], str | None]) -> str | None:
 def _brief(error: Exception) -> str:
     lines = str(error).splitlines()
     return " ".join([f"{type(error).__name__}:", *lines[:2], *lines[2:][-1:]])
+
+
+def at_once(tasks: Sequence[Task], room: Room) -> int:
+    """How many of the tasks are run at the same time."""
+    return min(room.jobs or cores(), len(tasks))
 
 
 def cores() -> int:
