@@ -51,7 +51,7 @@ def by_joblib(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[s
     """In processes of this machine, each of which does one run after the other; in the order in which they end.
 
     Where a process is killed, for want of memory, say, joblib gives up all that were under way. These are run again, each
-    by itself, and who is killed again has failed.
+    by itself, and who is killed then has failed.
     """
     from joblib import Parallel, delayed
     from joblib.externals.loky import get_reusable_executor
@@ -78,7 +78,9 @@ def by_joblib(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[s
         get_reusable_executor(reuse=True).shutdown(wait=True, kill_workers=True)
 
 
-KILLED = "its process was killed, twice; where memory was short, take fewer --jobs"
+KILLED = (
+    "its process was killed while no other run was beside it; where memory was short, take a smaller simulation.block"
+)
 
 
 def _away(parent: int, work: Work, overrides: list[str], folder: str, resume: bool) -> tuple[str, str | None]:
