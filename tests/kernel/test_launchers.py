@@ -13,7 +13,7 @@ from errands import errand
 from typer.testing import CliRunner
 
 from fedtailor.cli import app, launchers
-from fedtailor.cli.launchers import LAUNCHERS, Room, Task, by_joblib, threads_each
+from fedtailor.cli.launchers import LAUNCHERS, Room, Task, at_once, by_joblib, threads_each
 from fedtailor.errors import ConfigError
 
 QUICK = ["study=heart", "privacy=none", "evaluation.baseline=false", "rounds=1"]
@@ -70,6 +70,8 @@ def test_processes_share_the_cores_unless_somebody_said_otherwise(monkeypatch):
         with threads_each(jobs):
             assert (os.environ["OMP_NUM_THREADS"], os.environ["MKL_NUM_THREADS"]) == (threads, "5")
     assert "OMP_NUM_THREADS" not in os.environ and os.environ["MKL_NUM_THREADS"] == "5"
+    some = [Task([], str(n), False) for n in range(10)]
+    assert [at_once(some[:many], Room(jobs, Path())) for many, jobs in ((2, 5), (9, 5), (9, None))] == [2, 5, 8]
 
 
 def answers(tmp_path, *kinds):
