@@ -131,7 +131,8 @@ def by_ray(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[str,
                     _temp_dir=str(Path(folder) / "r"),  # Ray opens it to everybody, in a folder that is not
                 )
             except Exception as error:  # of many kinds: no room in its folder's name, memory or processes
-                raise ConfigError(f"--launcher ray: Ray does not start: {_brief(error)}") from error
+                words = "on a busy machine try again, or take --launcher joblib"
+                raise ConfigError(f"--launcher ray: Ray does not start; {words}: {_brief(error)}") from error
             cards = int(ray.cluster_resources().get("GPU", 0))
             share = cards // jobs or (cards and 1 / math.ceil(jobs / cards))
             remote = ray.remote(num_cpus=1, num_gpus=share, max_retries=1)(work)
