@@ -11,8 +11,9 @@ from fedtailor.recipe import Recipe
 from fedtailor.simulations import gradients
 from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import Many
-from fedtailor.simulations.feed import NOTHING, Feed, Rooms
+from fedtailor.simulations.feed import NOTHING, Batch, Feed, Rooms, apart
 from fedtailor.simulations.folded import folded
+from fedtailor.simulations.gradients import Part
 from fedtailor.simulations.layers import beside
 from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS
@@ -48,6 +49,10 @@ def block_train(
     weighted = weighted if isinstance(weighted, WeightedChange) else None
     rooms: Rooms = {}
 
+    def trained(sets: dict[str, Descent], batch: Batch) -> list[list[Part]]:
+        at = recipe, model, [each.params for each in sets.values()], batch
+        return gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
+
     def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
         clients, steps = live.shape
         known: Tree = {"memory": memory, "num_examples": num_examples, "num_steps": live.sum(1)}
@@ -66,21 +71,24 @@ def block_train(
         kept = None if weighted is None else rooms
         sets = {name: Descent(params, steps, not starts, thin, kept) for name, params in _sets(start).items()}
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
-        for batch, rate in zip(feed.steps(batches, rooms, noisy), (lr * live).unbind(1), strict=True):
-            at = recipe, model, [each.params for each in sets.values()], batch
-            parts = gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
-            if corrects:
-                whole = {n: gradients.whole(sets[n].params, p, clients) for n, p in zip(sets, parts, strict=True)}
-                grads = _one(whole)
-                if batch.noise:
-                    grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, batch.noise)
+        rate, like = lr * live, feed.shapes(batches)
+        if not corrects:
+            for batch in feed.steps(batches, rooms, noisy, rate):
+                for each, own in zip(sets.values(), trained(sets, batch), strict=True):
+                    each.step(own, clients)
+                if batch.noise is not None:
+                    for name, drawn in _sets(apart(batch.noise, like)).items():
+                        sets[name].stray(drawn, batch.scale)
+        else:
+            for batch, now in zip(feed.steps(batches, rooms, noisy), rate.unbind(1), strict=True):
+                parts = zip(sets.items(), trained(sets, batch), strict=True)
+                grads = _one({name: gradients.whole(each.params, own, clients) for (name, each), own in parts})
+                if batch.noise is not None:
+                    drawn = apart(batch.noise, like)
+                    grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, drawn)
                 grads = correct(grads, _one({name: each.explicit(clients) for name, each in sets.items()}), memory)
                 for name, gradient in _sets(grads).items():
-                    sets[name].move(gradient, rate)
-            else:
-                for own, (name, each) in zip(parts, sets.items(), strict=True):
-                    each.step(own, rate)
-                    each.move(_sets(batch.noise).get(name, {}), rate * batch.scale)
+                    sets[name].move(gradient, now)
         if weighted is not None:
             number, others = _weigh(weighted, cast, known, clients, lr)
             delta = sets[""].total(number, cast["params"])

@@ -58,7 +58,7 @@ def feed_from(plan: Plan, rows: Part, like: Tree) -> Feed:
     """Examples by their number in ``rows``, and noise of the shapes of ``like``: of what a site trains."""
     if plan.record is None or plan.record.noise_multiplier is None:
         return Feed(rows)
-    return Feed(rows, seeded(like, plan.record.noise_multiplier * plan.record.clip))
+    return Feed(rows, seeded(like, plan.record.noise_multiplier * plan.record.clip), like)
 
 
 def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:

@@ -16,7 +16,7 @@ from fedtailor.recipe import Recipe, losses
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.engine import Many, vmapped
 from fedtailor.simulations.feed import Feed
-from fedtailor.simulations.folded import NotBatchable
+from fedtailor.simulations.stands import NotBatchable
 from fedtailor.strategies import fedavg
 from fedtailor.strategy import Strategy, WeightedChange
 from fedtailor.training import clipped, local_train, plain
@@ -71,7 +71,7 @@ def choose(path: BlockPath, task: Task, first: Round) -> Way:
     of all ways on two steps of the first block; ways differ in rounding.
 
     Raises:
-        ConfigError: if ``path`` asks for batches and the model has no batched form.
+        ConfigError: if ``path`` asks for batches and the model has no batched form, or one client cannot train it.
     """
     if path in ("vmap", "loop"):
         return forced(path, task)
@@ -115,7 +115,11 @@ def unfit(task: Task, first: Round) -> str | None:
     except Exception as error:  # whatever a model's code does that clients folded into the batch cannot
         return f"with clients folded into the batch it fails: {type(error).__name__}: {error}"
     with warnings.catch_warnings(action="ignore"):  # that torch has no batching rule for this or that, and is slow
-        alone = looped(_train(task, recipe, fedavg()))(*inputs)[0]["delta"]
+        try:
+            alone = looped(_train(task, recipe, fedavg()))(*inputs)[0]["delta"]
+        except RuntimeError as error:
+            how = "" if task.clip is None else " with its examples' gradients apart (torch.func.vmap); privacy=none may"
+            raise ConfigError(f"recipe: not even one client can train this model{how}: {error}") from error
     for name, expected in alone.items():
         a, b = found[name].nan_to_num(), expected.nan_to_num()
         if (a - b).norm() > 1e-2 * b.norm() + 1e-6:
