@@ -256,7 +256,7 @@ def cores() -> int:
 def threads_each(jobs: int | None) -> Iterator[None]:
     """Processes started meanwhile share the cores, if there are ``jobs`` of them, unless the environment says otherwise."""
     each = str(max(1, cores() // jobs)) if jobs else ""
-    with settings({name: each for name in THREADS if each and name not in os.environ}):
+    with settings({name: each for name in THREADS if each and not os.environ.get(name)}):
         yield
 
 
