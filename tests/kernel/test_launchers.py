@@ -176,6 +176,7 @@ def until(condition, seconds):
 def test_an_interrupt_leaves_nothing_running(launcher, signalled, tmp_path):
     pytest.importorskip(launcher)
     words = ["rounds=100000", "evaluation.every=100000", "seed=0,1,2", "simulation.checkpoint_s=0"]
+    running = set[int]()
     with (tmp_path / "log").open("w") as log:
         sweep = subprocess.Popen(
             command(launcher, tmp_path / "s", *words),
@@ -193,7 +194,7 @@ def test_an_interrupt_leaves_nothing_running(launcher, signalled, tmp_path):
         assert sweep.wait(60) == {signal.SIGINT: 130, signal.SIGKILL: -signal.SIGKILL}[signalled]
         until(lambda: not any(alive(pid) for pid in running), 60)
     finally:
-        for pid in family(sweep.pid):
+        for pid in running | family(sweep.pid):
             if alive(pid):
                 os.kill(pid, signal.SIGKILL)
         sweep.wait()
