@@ -1,7 +1,9 @@
 """A recipe's model that runs a block of clients at once, each on weights of its own."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fedtailor.recipe import Recipe
@@ -23,13 +25,14 @@ class Folded(NamedTuple):
     module: nn.Module
     layers: tuple[Layer, ...]
     tape: Tape
+    half: bool = False  # whether it runs in bfloat16: weights, what they are given and gradients stay float32
 
     def run(self, params: Params, x: Tensor, clients: int) -> Tensor:
         """Outputs ``[K * B, ...]`` on ``x [K * B, ...]``; parameters are ``[K, ...]``, or ``[1, ...]`` where all share them."""
         self.tape.clients, self.tape.params, self.tape.calls = clients, params, []
         draws = self.tape.draws
         try:
-            outputs: Tensor = self.module(x)
+            outputs = halved(self.module, x) if self.half else self.module(x)
         except RuntimeError as error:
             if not (self.tape.arranged and "view size is not compatible" in str(error)):
                 raise
@@ -39,6 +42,17 @@ class Folded(NamedTuple):
             if call.output._version != call.version:
                 raise NotBatchable(f"{call.layer.name}: its output is changed in place")
         return outputs
+
+
+def halved(module: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """A module's outputs, in float32, of products and convolutions in bfloat16."""
+    with torch.autocast(inputs[0].device.type, torch.bfloat16, cache_enabled=False):
+        return single(module(*inputs))
+
+
+def single(x: Tensor) -> Tensor:
+    """bfloat16 as float32, and anything else as it is."""
+    return x.float() if x.dtype == torch.bfloat16 else x
 
 
 def folded(recipe: Recipe) -> Folded:

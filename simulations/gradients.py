@@ -10,9 +10,9 @@ from torch import Tensor
 from fedtailor import tree
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.feed import Batch
-from fedtailor.simulations.folded import Folded
+from fedtailor.simulations.folded import Folded, single
 from fedtailor.simulations.layers import LINEAR, beside, positions, squared
-from fedtailor.simulations.stands import Layer
+from fedtailor.simulations.stands import Layer, Tape
 from fedtailor.tree import Params
 
 Uses = list[tuple[Tensor, Tensor]]  # of one layer: what it was given, and the gradient of what it made, of this shape
@@ -54,7 +54,7 @@ def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Bat
     made: list[dict[str, Params]] = [{} for _ in uses]  # examples' gradients, where they cost less than their lengths
     lengths = [_squares(layer, use, own) for one, own in zip(uses, made, strict=True) for layer, use in one]
     squares, gone = torch.stack(lengths).sum(0), None
-    if not math.isfinite(float(squares.sum())):  # seldom, and so worth a second look: some may overflow float32 only
+    if _odd(model.tape, squares.sum()):  # seldom, and so worth a second look: some may overflow float32 only
         lengths = [
             _squares(layer, [(_double(a), b.double()) for a, b in use], {}) for one in uses for layer, use in one
         ]
@@ -66,6 +66,19 @@ def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Bat
         [_scaled(layer, use, own.get(layer.name), scale, gone, len(batch.scale)) for layer, use in one]
         for one, own in zip(uses, made, strict=True)
     ]
+
+
+def waits(x: Tensor) -> bool:
+    """Whether to look at a number of the device's in every step; a GPU would wait for it."""
+    return x.device.type == "cpu"
+
+
+def _odd(tape: Tape, total: Tensor) -> bool:
+    """Whether lengths need the second look; where that is not known yet, ``tape.odd`` keeps what will tell."""
+    if tape.careful or waits(total):
+        return tape.careful or not math.isfinite(float(total))
+    tape.odd = total if tape.odd is None else tape.odd + total
+    return False
 
 
 def _scaled(layer: Layer, uses: Uses, made: Params | None, scale: Tensor, gone: Tensor | None, clients: int) -> Part:
@@ -110,7 +123,8 @@ def _uses(model: Folded, losses: Tensor, weights: Tensor) -> list[tuple[Layer, U
     found: dict[str, Uses] = {layer.name: [] for layer in model.layers}
     for call, delta in zip(calls, deltas, strict=True):
         if delta is not None:
-            found[call.layer.name].append((call.given, delta))
+            use = (single(call.given), single(delta)) if model.half else (call.given, delta)
+            found[call.layer.name].append(use)
     return [(layer, _together(layer, found[layer.name])) for layer in model.layers if found[layer.name]]
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import tree
-from fedtailor.config import BlockPath
+from fedtailor.config import BlockPath, Precision
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.population import Population
@@ -24,6 +24,9 @@ from fedtailor.simulations.cohort import rows_of
 from fedtailor.simulations.conclusion import concluded, measured
 from fedtailor.simulations.crew import ALL, crew
 from fedtailor.simulations.engine import in_blocks, simulate_round
+from fedtailor.simulations.hardware import HOST, across
+from fedtailor.simulations.precision import multiplied
+from fedtailor.simulations.ray_crew import LOCAL, ray_crew
 from fedtailor.simulations.setting import OnEvent, Setting, prepare
 from fedtailor.simulations.standing import Standing
 from fedtailor.sources import DataSource
@@ -42,6 +45,11 @@ def simulate(
     step_s: Mapping[str, float] | None = None,
     population: Population | None = None,
     workers: int = 1,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    graphs: bool = False,
+    ray: str | None = None,
+    gpus: float = 0.0,
     checkpoint: Path | None = None,
     every_s: float = 60.0,
     resume: bool = False,
@@ -64,14 +72,21 @@ def simulate(
         population: deals all sites' training rows out to more clients, of whom a round asks some, at random. Metrics stay
             those of the sites' held-out parts. What a round costs follows from its cohort, not from the population.
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
+        device: that clients are trained on, see :func:`fedtailor.simulations.hardware.device_of`.
+        precision: how exactly models multiply, see :mod:`fedtailor.simulations.precision`.
+        graphs: replay a block's work as a CUDA graph, see :mod:`fedtailor.simulations.graphs`; on a CPU nothing changes.
+        ray: ``local``, or a Ray cluster's address: Ray places the workers, one too. Each asks it for as many CPUs as torch
+            has threads here, of which those on this machine get their share each.
+        gpus: what each of these asks for beside.
         checkpoint: where to write how far the study is, at most every ``every_s`` seconds.
         resume: go on from ``checkpoint``, where there is one: the result is then the same bit for bit, on this machine
             and unless ``path`` is ``measure``, which asks the clock.
 
     Raises:
         RefusedError: if the rules or the data leave fewer sites than the quorum.
-        ConfigError: if a site of the plan has no source, the model cannot be trained as ``path`` says, or the checkpoint
-            is of another study.
+        ConfigError: if a site of the plan has no source, the model cannot be trained as ``path`` says, there is no such
+            ``device``, its ``precision`` is too low for the plan's privacy, or the checkpoint is of another study.
+        ConnectionFailed: if there is no Ray cluster.
         ContractError: if its data do not satisfy the contract.
         StoreError: if the checkpoint cannot be read or written.
     """
@@ -82,23 +97,31 @@ def simulate(
         "policies": policies,
         "step_s": step_s,
         "population": population,
+        "device": device,
+        "precision": precision,
+        "graphs": graphs,
     }
-    study = prepare(plan, sources, **how, on_event=on_event)
+    with multiplied(precision, plan.record is not None):
+        study = prepare(plan, sources, **how, on_event=on_event)
     prints = [one.fingerprint for one in study.data.values()] + list(study.clients.prints)
-    digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, workers)
+    parts = workers if ray is None else f"{workers} of Ray"  # sums of other parts are rounded otherwise
+    digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, parts)
     at = study.begin()
     if resume and checkpoint is not None and checkpoint.exists():
         at, also = standing.load(checkpoint, digest)
+        at = study.resumed(at)
         study.sent.update(also["sent"])
         before_s = also["wall_s"]
         if study.gate is not None:
             study.gate.dropped[:] = also["dropped"]
         on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
     with ExitStack() as stack:
-        if workers > 1:
-            threads = max(1, torch.get_num_threads() // workers)
-            many = stack.enter_context(crew(workers, study.duty(threads), rows_of(study.data))).many
-            study = study._replace(way=study.way._replace(many=many, block=ALL))
+        stack.enter_context(multiplied(precision, plan.record is not None))
+        if workers > 1 or ray is not None:
+            threads = max(1, torch.get_num_threads() // (workers if ray in (None, LOCAL) else 1))
+            given = workers, study.duty(threads), rows_of(study.data)
+            many = stack.enter_context(crew(*given) if ray is None else ray_crew(*given, ray, gpus)).many
+            study = study._replace(way=study.way._replace(many=across(many, HOST, study.home), block=ALL))
             at = replace(at, block=ALL)
         setup_s = saved = time.monotonic() - began
         while at.round < plan.rounds:
@@ -110,7 +133,7 @@ def simulate(
                 saved = time.monotonic() - began
             done = {"round": at.round, "clients": at.trained, "seconds": at.round_s[-1]}
             on_event({"kind": "round", "rounds": plan.rounds} | done)
-    return concluded(study, at, began - before_s, setup_s)
+        return concluded(study, at, began - before_s, setup_s)
 
 
 def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
