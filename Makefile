@@ -2,6 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 WHEEL := .venv/.wheel
+RAY := .venv/.ray
 
 .PHONY: venv demo test test-slow check bench clean
 venv: $(STAMP)
@@ -13,6 +14,11 @@ $(STAMP): pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
+# Ray, 75 MB, which `make demo` and `make test` do without: the slow tests of simulation.ray need it.
+$(RAY): $(STAMP)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	touch $@
+
 demo: $(STAMP)
 	.venv/bin/fedtailor demo
 
@@ -20,7 +26,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	scripts/test
 
-test-slow: $(STAMP)
+test-slow: $(RAY)
 	scripts/test -m slow
 
 check: $(STAMP)

@@ -22,7 +22,7 @@ from torch import Tensor
 from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.config import Precision, build
-from fedtailor.errors import ConfigError, FedtailorError, RefusedError
+from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError, RefusedError
 from fedtailor.privacy.planning import Sampling, strategy_of
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.cohort import feed_from
@@ -37,6 +37,7 @@ from fedtailor.tree import Tree
 
 ALL = 1 << 40  # clients in a block: a crew divides them itself
 LENGTH = struct.Struct("<Q")
+MEND = "where memory was short, take fewer simulation.workers or a smaller simulation.block"
 
 
 class Duty(NamedTuple):
@@ -85,25 +86,21 @@ class Crew:
         for process, share in zip(self.processes, shares, strict=False):
             mine = {"memory": memory, "batches": batches}
             told = {"cast": cast, "live": live[share], "counts": counts[share], **tree.at(mine, share)}
-            _send(process.stdin, told, {})
-        back = [self._received(process) for process, _ in zip(self.processes, shares, strict=False)]
+            send(process.stdin, told, {})
+        back = [self.received(process) for process, _ in zip(self.processes, shares, strict=False)]
         summands, kept = [one["summands"] for one in back], [one.get("memory", {}) for one in back]
         rows = tree.map(_cat, *summands)
         return tree.map(lambda x: x.sum(0, keepdim=True), rows) if self.summed else rows, tree.map(_cat, *kept)
 
-    def _received(self, process: subprocess.Popen[bytes]) -> Tree:
+    def received(self, process: subprocess.Popen[bytes]) -> Tree:
+        """What a process answers; raises what went wrong there."""
         try:
-            found, said = _receive(process.stdout)
+            found, said = receive(process.stdout)
         except EOFError:
             code = process.wait()
-            raise Died(
-                f"a process of the simulation ended with {code if code >= 0 else f'signal {-code}'}; where memory was "
-                "short, take fewer simulation.workers or a smaller simulation.block"
-            ) from None
-        if "error" in said:
-            kinds = {kind.__name__: kind for kind in (ConfigError, RefusedError)}
-            raise kinds.get(said["kind"], FedtailorError)(said["error"])
-        return found
+            how = code if code >= 0 else f"signal {-code}"
+            raise Died(f"a process of the simulation ended with {how}; {MEND}") from None
+        return checked(found, said)
 
 
 @contextmanager
@@ -117,7 +114,7 @@ def crew(workers: int, duty: Duty, rows: Part) -> Iterator[Crew]:
                 subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
             )
         for process in started.processes:
-            _send(process.stdin, {"x": rows.x, "y": rows.y}, duty._asdict())
+            send(process.stdin, {"x": rows.x, "y": rows.y}, duty._asdict())
         yield started
 
 
@@ -151,7 +148,8 @@ def _cat(*parts: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _send(pipe: IO[bytes] | None, what: Tree, said: dict[str, Any]) -> None:
+def send(pipe: IO[bytes] | None, what: Tree, said: dict[str, Any]) -> None:
+    """Write tensors and what is said beside them."""
     assert pipe is not None
     tensors = {name: x.contiguous() for name, x in tree.flatten(what).items()}
     head, raw = json.dumps(said).encode(), save(tensors)
@@ -163,42 +161,71 @@ def _send(pipe: IO[bytes] | None, what: Tree, said: dict[str, Any]) -> None:
         pass
 
 
-def _receive(pipe: IO[bytes] | None) -> tuple[Tree, dict[str, Any]]:
+def receive(pipe: IO[bytes] | None) -> tuple[Tree, dict[str, Any]]:
+    """Read what :func:`send` wrote; raises EOFError at the pipe's end."""
     assert pipe is not None
-    head, raw = (_read(pipe, LENGTH.unpack(_read(pipe, LENGTH.size))[0]) for _ in range(2))
+    head, raw = (read(pipe, LENGTH.unpack(read(pipe, LENGTH.size))[0]) for _ in range(2))
     said: dict[str, Any] = json.loads(head)
     return tree.unflatten(load(raw)), said
 
 
-def _read(pipe: IO[bytes], count: int) -> bytes:
+def read(pipe: IO[bytes], count: int) -> bytes:
+    """So many bytes; raises EOFError if there are fewer."""
     found = pipe.read(count)
     if len(found) < count:
         raise EOFError
     return found
 
 
+def pipes() -> tuple[IO[bytes], IO[bytes]]:
+    """Where a process of the crew is asked and answers. What a library prints goes to stderr, what it starts reads nothing."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    asked = os.fdopen(os.dup(0), "rb")
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    return asked, answers
+
+
+def begun(rows: Tree, said: dict[str, Any]) -> Callable[[Tree], Tree]:
+    """:func:`served`, from the first message to a process."""
+    sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
+    duty = Duty(**said | {"sampling": sampling})
+    torch.set_num_threads(duty.threads)
+    train, clipped = served(duty, Part(rows["x"], rows["y"])), Plan.parse(duty.plan).record is not None
+
+    def work(told: Tree) -> Tree:
+        with multiplied(duty.precision, clipped):
+            return train(told)
+
+    return work
+
+
+def tried(work: Callable[[], Tree]) -> tuple[Tree, dict[str, Any]]:
+    """What to answer: what ``work`` makes, or why not; it ends the simulation where it is received, with its words."""
+    try:
+        return work(), {}
+    except Exception as error:
+        kind = type(error).__name__
+        words = str(error) if isinstance(error, FedtailorError) else f"{kind}: {error}"
+        return {}, {"error": words, "kind": kind}
+
+
+def checked(found: Tree, said: dict[str, Any]) -> Tree:
+    """What :func:`tried` answered; raises what went wrong there."""
+    if "error" in said:
+        kinds = {kind.__name__: kind for kind in (ConfigError, ConnectionFailed, Died, RefusedError)}
+        raise kinds.get(said["kind"], FedtailorError)(said["error"])
+    return found
+
+
 def main() -> None:
     """Serve rounds until the pipe is closed."""
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints
-    asked = os.fdopen(os.dup(0), "rb")
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever a library starts reads nothing of what is said here
+    asked, answers = pipes()
     try:
-        rows, said = _receive(asked)
-        sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
-        duty = Duty(**said | {"sampling": sampling})
-        torch.set_num_threads(duty.threads)
-        train, clipped = served(duty, Part(rows["x"], rows["y"])), Plan.parse(duty.plan).record is not None
+        train = begun(*receive(asked))
         while True:
-            told, _ = _receive(asked)
-            try:
-                with multiplied(duty.precision, clipped):
-                    found, said = train(told), {}
-            except Exception as error:  # it ends the simulation there, with its words
-                kind = type(error).__name__
-                words = str(error) if isinstance(error, FedtailorError) else f"{kind}: {error}"
-                found, said = {}, {"error": words, "kind": kind}
-            _send(answers, found, said)
+            told, _ = receive(asked)
+            send(answers, *tried(partial(train, told)))
     except (EOFError, KeyboardInterrupt):
         return
 

@@ -16,13 +16,15 @@ from fedtailor.population import Population
 from fedtailor.privacy.planning import Sampling, resolve, strategy_of
 from fedtailor.recipe import Dataset, Recipe
 from fedtailor.simulations.buffered import Clock, steps_within
-from fedtailor.simulations.clients import Clients, epsilon_of, sampling_of, sites
+from fedtailor.simulations.clients import Clients, deal, epsilon_of, fills_of, sampling_of, sites
 from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, with_rows
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.devices import fleet
 from fedtailor.simulations.graphs import replaying
 from fedtailor.simulations.hardware import across, device_of, given, home_of, packed, placed, recipe_on
+from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, check_half, choose
 from fedtailor.simulations.policies import Gate, admit
 from fedtailor.simulations.standing import Standing
@@ -124,7 +126,11 @@ def prepare(
     gate = None if policies is None else admit(whole, policies)
     recipe = build(whole.recipe, Recipe)
     agreed = whole if gate is None else gate.plan
-    data = prepared(agreed, recipe, sources)
+    cells = list[str]()
+    if population is not None and population.partition == "natural":
+        data, cells = read_with(population.options.get("column"), agreed, recipe, sources)
+    else:
+        data = prepared(agreed, recipe, sources)
     plan, empty = with_rows(agreed, data)
     start = recipes.initial(recipe, plan.seed)
     cast = strategy.broadcast(strategy.init(start))
@@ -133,7 +139,11 @@ def prepare(
     live = (torch.arange(plan.local.steps) < taken[:, None]).float()
     clients = sites(plan, lambda round: turn(plan, whole, round), data, live)
     if population is not None:
-        clients = virtual(plan, data, population)
+        dealt = deal(torch.cat([one.train.y for one in data.values()]), population, plan.seed, cells)
+        if population.partition == "natural":
+            population = counted(population, len(set(cells)))
+            _counts(plan, population)
+        clients = virtual(plan, dealt, population, fleet(plan, population, strategy, start))
     rows, data = packed(data, on)
     recipe, home = recipe_on(recipe, on), home_of(plan, strategy, on)
     feed = feed_from(plan, rows, placed(on, strategy.start(cast, strategy.remember(start))))
@@ -196,17 +206,42 @@ def _fits(plan: Plan, population: Population, policies: Mapping[str, Policy] | N
     """
     if policies is not None:
         raise ConfigError("simulation.policy: is a site's, and the clients of a population are no sites; use null")
-    if plan.buffer is not None:
-        raise ConfigError("buffer: a population's rounds wait for its cohort, or until deadline_s; use null")
-    if plan.local.within_s is not None and population.step_s is None:
-        raise ConfigError("local.within_s: the population has no clock; give population.step_s, or use null")
+    if plan.buffer is not None and not population.timed:
+        raise ConfigError(
+            "buffer: the population has no clock; give population.step_s or population.devices, or use null"
+        )
+    if plan.site is not None and population.availability is not None:
+        raise ConfigError(
+            "population.availability: with privacy.unit=site rounds must be secret Poisson samples of all clients, and who "
+            "is there is no secret; use null, or another privacy"
+        )
+    if plan.buffer is None and population.answers is not None:
+        raise ConfigError(
+            f"population.answers: {population.answers}, but the plan's rounds wait for the cohort; give buffer.answers too, "
+            "or use null"
+        )
+    if plan.local.within_s is not None and not population.timed:
+        raise ConfigError(
+            "local.within_s: the population has no clock; give population.step_s or population.devices, or use null"
+        )
+    if population.clients is not None:
+        _counts(plan, population)
+    return sampling_of(plan, population)
+
+
+def _counts(plan: Plan, population: Population) -> None:
+    """Raise a ConfigError if the strategy goes by another number of clients than there are, or a round by more."""
+    if plan.buffer is not None and fills_of(plan, population) > population.many:
+        raise ConfigError(
+            f"population.answers: {fills_of(plan, population)} answers close a round, more than all {population.many} "
+            f"clients; give population.answers={population.many}, or less"
+        )
     inside, name = plan.strategy.model_extra, "strategy"
     while isinstance(inside, dict):  # a strategy may wrap another
         told = inside.get("population")
-        if told is not None and told != population.clients:
+        if told is not None and told != population.many:
             raise ConfigError(
-                f"{name}.population: {told}, but there are {population.clients} clients; give {name}.population="
-                f"{population.clients}"
+                f"{name}.population: {told}, but there are {population.many} clients; give {name}.population="
+                f"{population.many}"
             )
         inside, name = inside.get("of"), f"{name}.of"
-    return sampling_of(plan, population)

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedtailor.cli.options import Json, show
+from fedtailor.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtailor.config import Experiment
@@ -31,7 +32,7 @@ def simulate(
     resume: Resume = False,
     json: Json = False,
 ) -> None:
-    """Simulate a study and write its run folder. Its noise is seeded, for studying accuracy: nothing to release."""
+    """Simulate a study and write its run folder. The block engine's noise is seeded, for studying accuracy: nothing to release."""
     if multirun:
         from fedtailor.cli.sweep import sweep
 
@@ -40,6 +41,11 @@ def simulate(
     from fedtailor.report import console_table
 
     experiment = load(overrides or [])
+    if resume and experiment.simulation.engine == "flower":
+        raise ConfigError(
+            "--resume: not with simulation.engine=flower, whose runtime keeps what it has in memory; begin anew without it, or "
+            "simulation.engine=block"
+        )
     folder = out or Path("outputs") / "simulate" / experiment.plan.study
     with progress() as shown:
         if (folder / CHECKPOINT).exists() and not resume:

@@ -73,7 +73,7 @@ def done_before(folder: Path, experiment: "Experiment") -> bool:
     same: bool = written == resolved(experiment).model_dump(mode="json", by_alias=True)
     return (
         same
-        and result.population == (None if of is None else of.model_dump())
+        and (result.population is None if of is None else of.made(result.population))
         and result.simulation == told(experiment)
     )
 
