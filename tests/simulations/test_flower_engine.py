@@ -191,6 +191,7 @@ def left():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # Ray starts nine processes
 @pytest.mark.parametrize("strategy", ["fedavg", "scaffold"])
 def test_the_block_engines_parameters_come_out(strategy, monkeypatch, tmp_path):
     pytest.importorskip("ray")
@@ -212,6 +213,7 @@ def test_the_block_engines_parameters_come_out(strategy, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_noise_is_secret_and_its_cost_stated():
     pytest.importorskip("ray")
     settings = [*HEART[:1], "rounds=1", "simulation.engine=flower", "evaluation.baseline=false"]
@@ -221,6 +223,7 @@ def test_noise_is_secret_and_its_cost_stated():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("by", [signal.SIGINT, signal.SIGKILL], ids=["interrupted", "killed"])
 def test_nothing_outlives_a_run_that_is_ended(by, tmp_path):
     pytest.importorskip("ray")
