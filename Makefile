@@ -2,7 +2,7 @@
 PYTHON ?= python3
 STAMP := .venv/.installed
 WHEEL := .venv/.wheel
-RAY := .venv/.ray
+EXTRAS := .venv/.extras
 
 .PHONY: venv demo test test-slow check bench clean
 venv: $(STAMP)
@@ -14,9 +14,9 @@ $(STAMP): pyproject.toml constraints.txt
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
 	touch $@
 
-# Ray, 75 MB, which `make demo` and `make test` do without: the slow tests of simulation.ray need it.
-$(RAY): $(STAMP)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+# Ray, submitit and pyarrow, 130 MB, which `make demo` and `make test` do without: some slow tests need them.
+$(EXTRAS): $(STAMP)
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,tables]'
 	touch $@
 
 demo: $(STAMP)
@@ -26,7 +26,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	scripts/test
 
-test-slow: $(RAY)
+test-slow: $(EXTRAS)
 	scripts/test -m slow
 
 check: $(STAMP)

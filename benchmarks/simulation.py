@@ -67,7 +67,7 @@ class World:
     def ours(self, clip: float | None = None, noise: float | None = None, path: str = "auto") -> Run:
         """A round by the simulator."""
         strategy = strategies.fedavg()
-        feed = Feed(self.data, None if noise is None else seeded(self.start, noise))
+        feed = Feed(self.data, None if noise is None else seeded(self.start, noise), self.start)
         batches = {
             "rows": self.rows,
             "live": torch.ones(self.rows.shape),

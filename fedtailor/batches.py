@@ -51,6 +51,6 @@ def pack(part: Part, mask: Tensor, rate: float, width: int | None = None) -> Tre
     Shapes:
         mask: ``[S, N]``; returns ``x [S, B, ...]``, ``y [S, B]``, ``live [S, B]``, ``scale [S]``.
     """
-    rows, live = numbered([mask], width)
-    scale = torch.full((len(mask),), 1.0 / (rate * len(part.y)))
+    rows, live = (each.to(part.y.device) for each in numbered([mask], width))
+    scale = torch.full((len(mask),), 1.0 / (rate * len(part.y)), device=part.y.device)
     return {"x": part.x[rows[0]], "y": part.y[rows[0]], "live": live[0], "scale": scale}

@@ -9,9 +9,9 @@ from pathlib import Path
 from fedtailor import store
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Table
-from fedtailor.sources import CsvSource, DataSource
+from fedtailor.sources import CsvSource, DataSource, ParquetSource
 
-__all__ = ["csv_folder", "heart_disease"]  # what a config may name
+__all__ = ["csv_folder", "heart_disease", "parquet_folder"]  # what a config may name
 
 SITES = {"Cleveland": "cleveland", "Hungary": "hungary", "Switzerland": "switzerland", "VA Long Beach": "va"}
 CODES = {  # the package's words -> UCI's codes, column by column
@@ -62,6 +62,11 @@ def heart_disease() -> dict[str, DataSource]:
 def csv_folder(folder: str, sites: Sequence[str]) -> dict[str, DataSource]:
     """One ``<folder>/<site>.csv`` a site."""
     return {site: CsvSource(Path(folder) / f"{site}.csv") for site in sites}
+
+
+def parquet_folder(folder: str, sites: Sequence[str]) -> dict[str, DataSource]:
+    """One ``<folder>/<site>.parquet`` a site."""
+    return {site: ParquetSource(Path(folder) / f"{site}.parquet") for site in sites}
 
 
 def write_csv(table: Table, path: Path) -> None:

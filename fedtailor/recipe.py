@@ -29,6 +29,7 @@ class Dataset(NamedTuple):
     fingerprint: str  # SHA-256 over the prepared rows, independent of their order
     rows: int  # of the source, train and test together
     notes: tuple[str, ...] = ()  # what a person should know: "chol: 123 of 123 missing"
+    places: Tensor | None = None  # [N] int64, each training row's number in the table; None: the recipe does not say
 
 
 class Recipe(NamedTuple):

@@ -120,7 +120,7 @@ class Result(BaseModel):
     privacy: PrivacyResult | None
     timing: Timing
     transport: Transport | None
-    engine: str  # "flower" or "simulation"
+    engine: str  # "flower": a deployment; "simulation", "flower simulation", "flwr run"
     seed: NonNegativeInt
     model: ModelFile
     versions: dict[str, str]

@@ -2,9 +2,9 @@
 
 import csv
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from fedtailor.errors import ContractError
+from fedtailor.errors import ConfigError, ContractError
 from fedtailor.recipe import Table
 
 
@@ -45,3 +45,50 @@ class CsvSource:
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ContractError(f"data: cannot read {self.path}: {error}") from error
         return {name: [row[i].strip() for row in rows] for i, name in enumerate(header)}
+
+
+class ParquetSource:
+    """A Parquet file without nested columns. Its values become text as a CSV file would have them; null and NaN are empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def table(self) -> Table:
+        """Read the file, some rows at a time; a repeated, nested or binary column is an error that names it.
+
+        Raises:
+            ConfigError: if pyarrow is not installed.
+        """
+        try:
+            import pyarrow
+            from pyarrow import parquet, types
+        except ImportError as error:
+            raise ConfigError(
+                f"data: {self.path}: Parquet comes with an extra: pip install 'fedtailor[tables]'", code="extra"
+            ) from error
+        cells: dict[str, list[str]] = {}
+        try:
+            with parquet.ParquetFile(self.path) as file:
+                for field in file.schema_arrow:
+                    if (name := field.name.strip()) in cells:
+                        raise ContractError(f"data: {self.path} names column {name!r} twice")
+                    if types.is_nested(field.type) or types.is_binary(field.type) or types.is_large_binary(field.type):
+                        raise ContractError(
+                            f"data: {self.path}: column {name!r} is of {field.type}; make it text or numbers"
+                        )
+                    cells[name] = []
+                for batch in file.iter_batches():
+                    for column, filled in zip(batch.columns, cells.values(), strict=True):
+                        filled.extend(map(_text, column.to_pylist()))
+        except (OSError, pyarrow.ArrowException) as error:
+            raise ContractError(f"data: cannot read {self.path}: {error}") from error
+        if not cells:
+            raise ContractError(f"data: {self.path} is empty; it needs columns")
+        return cells
+
+
+def _text(value: Any) -> str:
+    """A cell; a truth value is a code of 0 or 1, as it is written in most tables."""
+    if value is None or value != value:
+        return ""
+    return str(int(value)) if isinstance(value, bool) else str(value).strip()

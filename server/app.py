@@ -10,10 +10,11 @@ import hashlib
 import os
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import yaml
 from flwr.app import ConfigRecord, Context, Message, MessageType
@@ -31,7 +32,8 @@ from fedtailor.server.folding import advance, close_round
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.rounds import Answer
 from fedtailor.strategy import model_in
-from fedtailor.tree import Tree
+from fedtailor.study import Plan, Spec
+from fedtailor.tree import Params, Tree
 from fedtailor.wire import Report, Visit
 
 PATIENCE_S = 120.0  # for nodes to connect
@@ -47,12 +49,33 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
-    """Run the study over ``grid`` and write its run folder.
+    """Run the study over ``grid`` and write its run folder; raises what :func:`conduct` does."""
+    plan = resolve(experiment.plan)
+    result, params = conduct(grid, plan, experiment.simulation.data, plan.deadline_s)
+    config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
+    write_run(out, result=result, plan=plan, params=params, config_yaml=config)
+    return result
+
+
+def conduct(
+    grid: Grid,
+    plan: Plan,
+    data: Spec,
+    deadline_s: float,
+    on_event: Callable[[dict[str, Any]], None] = lambda event: None,
+) -> tuple[Result, Params]:
+    """Run a plan whose privacy is resolved over ``grid``: its result and the model.
+
+    Args:
+        data: makes ``{site: DataSource}``, at every node.
+        deadline_s: when a round closes, with whoever replied.
+        on_event: told of each round, and of each site that failed, and why.
 
     Raises:
         ConfigError: code ``config``, if its rounds do not wait for all sites; code ``quorum`` or ``diverged``.
+        ConnectionFailed: if there are fewer nodes than sites.
     """
-    began, plan = time.monotonic(), resolve(experiment.plan)
+    began = time.monotonic()
     if plan.buffer is not None:
         asked = f"buffer: {plan.buffer.answers} answers close a round"
         raise ConfigError(f"{asked}; under flwr run every round waits for all sites: buffer=null, or a deployment")
@@ -61,7 +84,7 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
     state, like, progress = strategy.init(start), leaving.summand(plan, strategy, start), Progress()
     leaves = leaving.agreed(plan.canonical()).model_copy(update={"packed": False})  # daemons pack; here are none
     nodes = dict(zip(plan.sites, _wait_for(grid, len(plan.sites)), strict=False))
-    source = experiment.simulation.data.model_dump_json(by_alias=True)
+    source = data.model_dump_json(by_alias=True)
     setup_s = time.monotonic() - began
     with TemporaryDirectory() as spool:
         for round in range(plan.rounds + 1):
@@ -81,20 +104,19 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
                 content = wire.record(visit, payload)
                 content["research"] = ConfigRecord({"site": site, "source": source})
                 messages[site] = Message(content, dst_node_id=nodes[site], message_type=MessageType.TRAIN)
-            stream = _answers(grid, messages, plan.deadline_s, Path(spool))
+            stream = _answers(grid, messages, deadline_s, Path(spool), on_event)
             closed = close_round(strategy, visit, leaves, stream, lambda answer: None)
             closed = closed._replace(sent={site: len(payload) for site in messages})
             progress = noted(progress, plan, closed, round, time.monotonic() - clock if train else None)
             if train:
                 state = advance(plan, strategy, partial(_same, state), closed, round, like)
                 progress = progress._replace(round=round + 1)
+                done = {"round": round + 1, "clients": len(closed.reports), "seconds": progress.round_s[-1]}
+                on_event({"kind": "round", "rounds": plan.rounds} | done)
     params = model_in(strategy.broadcast(state))
     progress = progress._replace(wall_s=time.monotonic() - began)
     made = result_of(plan, progress, params, status="completed", setup_s=setup_s, transport=None)
-    result = made.model_copy(update={"engine": "flwr run"})
-    config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-    write_run(out, result=result, plan=plan, params=params, config_yaml=config)
-    return result
+    return made.model_copy(update={"engine": "flwr run"}), params
 
 
 def _same(state: Tree) -> Tree:
@@ -110,7 +132,13 @@ def _wait_for(grid: Grid, count: int) -> list[int]:
     return nodes
 
 
-def _answers(grid: Grid, messages: dict[str, Message], deadline_s: float, spool: Path) -> Iterator[Answer]:
+def _answers(
+    grid: Grid,
+    messages: dict[str, Message],
+    deadline_s: float,
+    spool: Path,
+    on_event: Callable[[dict[str, Any]], None],
+) -> Iterator[Answer]:
     """Send each site its message and yield its answer as it comes."""
     asked = dict(zip(grid.push_messages(list(messages.values())), messages, strict=True))
     end = time.monotonic() + deadline_s
@@ -118,6 +146,7 @@ def _answers(grid: Grid, messages: dict[str, Message], deadline_s: float, spool:
         for reply in grid.pull_messages(list(asked)):
             site = asked.pop(reply.metadata.reply_to_message_id)
             if reply.has_error():
+                on_event({"kind": "failed", "site": site, "why": reply.error.reason})
                 yield Answer(site, None, None, "error", 0)
                 continue
             head, payload = wire.unpacked(reply.content)

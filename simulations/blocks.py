@@ -1,6 +1,9 @@
 """A block of clients trained as one batched computation: what ``local_train`` does under ``vmap``, without ``vmap``."""
 
+import math
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,9 +14,12 @@ from fedtailor.recipe import Recipe
 from fedtailor.simulations import gradients
 from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import Many
-from fedtailor.simulations.feed import NOTHING, Feed, Rooms
+from fedtailor.simulations.feed import NOTHING, Batch, Feed, Rooms, apart
 from fedtailor.simulations.folded import folded
+from fedtailor.simulations.gradients import Part
+from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.layers import beside
+from fedtailor.simulations.stands import Tape
 from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS
 from fedtailor.tree import Params, Tree
@@ -27,6 +33,8 @@ def block_train(
     *,
     feed: Feed = NOTHING,
     together: bool = False,
+    half: bool = False,
+    replay: Replay = plainly,
 ) -> Many:
     """Build what ``vmapped(local_train(...))`` is, for a recipe whose model's layers all have a batched form.
 
@@ -35,6 +43,8 @@ def block_train(
         feed: where batches that name rows and seeds get examples and noise from.
         together: where the strategy adds up weighted changes, give the block's sum as one summand ``[1, ...]``: for who
             asks for no client's own. It is less work, much less where linear layers are large.
+        half: run the model in bfloat16. Losses, every gradient's length, what is added up and the weights are float32.
+        replay: see :mod:`fedtailor.simulations.graphs`.
 
     Raises:
         NotBatchable: if a layer has no batched form; also by the result, if the model changes an activation in place.
@@ -42,15 +52,21 @@ def block_train(
     """
     if strategy.needs_loss and clip is not None:
         raise ConfigError(NO_LOSS)
-    model, defaults = folded(recipe), Strategy._field_defaults
+    model, defaults = folded(recipe)._replace(half=half), Strategy._field_defaults
     starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
     weighted = strategy.report if together and strategy.reduce.is_sum else None
     weighted = weighted if isinstance(weighted, WeightedChange) else None
-    rooms: Rooms = {}
 
-    def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
+    def trained(sets: dict[str, Descent], batch: Batch) -> list[list[Part]]:
+        at = recipe, model, [each.params for each in sets.values()], batch
+        return gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
+
+    def once(
+        rooms: Rooms, careful: bool, cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor
+    ) -> Tree:
+        model.tape.careful, model.tape.odd = careful, None
         clients, steps = live.shape
-        known: Tree = {"memory": memory, "num_examples": num_examples, "num_steps": live.sum(1)}
+        known: Tree = {"memory": memory, "num_examples": counts, "num_steps": live.sum(1)}
         if "seed" in batches:
             known["seed"] = batches["seed"][:, 0]
         model.tape.seed, model.tape.draws = known.get("seed"), 0
@@ -66,30 +82,46 @@ def block_train(
         kept = None if weighted is None else rooms
         sets = {name: Descent(params, steps, not starts, thin, kept) for name, params in _sets(start).items()}
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
-        for batch, rate in zip(feed.steps(batches, rooms, noisy), (lr * live).unbind(1), strict=True):
-            at = recipe, model, [each.params for each in sets.values()], batch
-            parts = gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
-            if corrects:
-                whole = {n: gradients.whole(sets[n].params, p, clients) for n, p in zip(sets, parts, strict=True)}
-                grads = _one(whole)
-                if batch.noise:
-                    grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, batch.noise)
+        rate, like = lr * live, feed.shapes(batches)
+        if not corrects:
+            for batch in feed.steps(batches, rooms, noisy, rate):
+                for each, own in zip(sets.values(), trained(sets, batch), strict=True):
+                    each.step(own, clients)
+                if batch.noise is not None:
+                    for name, drawn in _sets(apart(batch.noise, like)).items():
+                        sets[name].stray(drawn, batch.scale)
+        else:
+            for batch, now in zip(feed.steps(batches, rooms, noisy), rate.unbind(1), strict=True):
+                parts = zip(sets.items(), trained(sets, batch), strict=True)
+                grads = _one({name: gradients.whole(each.params, own, clients) for (name, each), own in parts})
+                if batch.noise is not None:
+                    drawn = apart(batch.noise, like)
+                    grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, drawn)
                 grads = correct(grads, _one({name: each.explicit(clients) for name, each in sets.items()}), memory)
                 for name, gradient in _sets(grads).items():
-                    sets[name].move(gradient, rate)
-            else:
-                for own, (name, each) in zip(parts, sets.items(), strict=True):
-                    each.step(own, rate)
-                    each.move(_sets(batch.noise).get(name, {}), rate * batch.scale)
+                    sets[name].move(gradient, now)
         if weighted is not None:
             number, others = _weigh(weighted, cast, known, clients, lr)
             delta = sets[""].total(number, cast["params"])
-            return {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others), memory
+            summand = {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others)
+            return {"summand": summand, "memory": memory} | _odd(model.tape)
         ended = known | {"params": _one({name: each.explicit(clients) for name, each in sets.items()})}
         found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
+        return found | _odd(model.tape)
+
+    step, careful = replay(lambda: partial(once, {}, False)), partial(once, {}, True)
+
+    def many(*given: Any) -> tuple[Tree, Tree]:
+        found = step(*given)
+        if "odd" in found and not math.isfinite(float(found["odd"])):
+            found = careful(*given)  # all steps again, with a second look in each
         return found["summand"], found["memory"]
 
     return many
+
+
+def _odd(tape: Tape) -> Tree:
+    return {} if tape.odd is None else {"odd": tape.odd}
 
 
 def _sets(params: Tree) -> dict[str, Tree]:

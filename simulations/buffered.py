@@ -27,6 +27,7 @@ class Answer(NamedTuple):
     client: int
     round: int  # that it answers
     summand: Tree  # leaves [1, ...]
+    lost: bool = False  # it never comes; at ``due`` nobody waits for it any more
 
 
 class Clock(NamedTuple):

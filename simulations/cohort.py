@@ -1,7 +1,7 @@
 """The sites of a simulated study: their data, and what each is fed in a round."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from fedtailor import seeds
 from fedtailor.batches import choices, draw, numbered
 from fedtailor.errors import ConfigError, ContractError, RefusedError
-from fedtailor.recipe import Dataset, Part, Recipe
+from fedtailor.recipe import Dataset, Part, Recipe, Table
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.noise import seeded
 from fedtailor.sources import DataSource
@@ -20,15 +20,20 @@ from fedtailor.tree import Tree
 
 def prepared(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> dict[str, Dataset]:
     """Every site's data, prepared; an error names the site."""
-    found = {}
+    return {site: one for site, _, one in read(plan, recipe, sources)}
+
+
+def read(plan: Plan, recipe: Recipe, sources: Mapping[str, DataSource]) -> Iterator[tuple[str, Table, Dataset]]:
+    """Every site, its table, and its data, prepared; an error names the site."""
     for site in plan.sites:
         if site not in sources:
             raise ConfigError(f"sites: there is no data for {site!r}; there is for {', '.join(sorted(sources))}")
         try:
-            found[site] = recipe.prepare(sources[site].table())
+            table = sources[site].table()
+            one = recipe.prepare(table)
         except ContractError as error:
             raise ContractError(f"{site}: {error}") from error
-    return found
+        yield site, table, one
 
 
 def with_rows(plan: Plan, data: dict[str, Dataset]) -> tuple[Plan, list[dict[str, Any]]]:
@@ -58,7 +63,7 @@ def feed_from(plan: Plan, rows: Part, like: Tree) -> Feed:
     """Examples by their number in ``rows``, and noise of the shapes of ``like``: of what a site trains."""
     if plan.record is None or plan.record.noise_multiplier is None:
         return Feed(rows)
-    return Feed(rows, seeded(like, plan.record.noise_multiplier * plan.record.clip))
+    return Feed(rows, seeded(like, plan.record.noise_multiplier * plan.record.clip), like)
 
 
 def batches_of(plan: Plan, data: Mapping[str, Dataset], round: int) -> Tree:

@@ -13,7 +13,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.privacy.planning import resolve
 from fedtailor.report import write_run
 from fedtailor.result import Result
-from fedtailor.simulations import policies
+from fedtailor.simulations import flower_engine, policies, traces
 from fedtailor.simulations.clients import epsilon_of, sampling_of
 from fedtailor.simulations.run import simulate as run_study
 from fedtailor.simulations.setting import OnEvent
@@ -63,10 +63,13 @@ def run(
     """Simulate a composed study; raises what :func:`simulate` does.
 
     Args:
-        checkpoint: where to write how far it is.
+        checkpoint: where to write how far it is. ``simulation.engine=flower`` writes none.
         resume: go on from there.
     """
     simulation, plan, said = experiment.simulation, resolved(experiment), told(experiment)
+    if simulation.engine == "flower":
+        result, params = flower_engine.simulate(plan, simulation, on_event)
+        return Simulated(result.model_copy(update={"simulation": said}), params, plan)
     sources: dict[str, Any] = build(simulation.data, dict)
     rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
     with _threads(simulation.threads):
@@ -79,6 +82,9 @@ def run(
             step_s=simulation.step_s,
             population=simulation.population,
             workers=simulation.workers,
+            device=simulation.device,
+            precision=simulation.precision,
+            graphs=simulation.graphs,
             ray=simulation.ray,
             gpus=simulation.gpus,
             checkpoint=checkpoint,
@@ -90,11 +96,20 @@ def run(
 
 
 def told(experiment: Experiment) -> dict[str, Any]:
-    """What ``result.json`` says of a simulation, beside its plan and population: where data come from, rules and clock."""
+    """What ``result.json`` says of a simulation, beside its plan and population: where data come from, rules and clock.
+
+    And its precision, where it is not float32.
+    """
     simulation = experiment.simulation
     said: dict[str, Any] = simulation.model_dump(mode="json", by_alias=True, include={"data", "step_s"})
+    if simulation.precision != "float32":
+        said["precision"] = simulation.precision
+    if simulation.engine != "block":  # its noise is not what the seed says
+        said["engine"] = simulation.engine
     if simulation.policy is not None:
         said["policy"] = {"path": str(simulation.policy), "sha256": store.digest(simulation.policy)}
+    if simulation.population is not None and (found := traces.prints(simulation.population)):
+        said["traces"] = found
     return said
 
 

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.baseline import train_alone
-from fedtailor.recipe import Dataset, Metrics, Recipe
+from fedtailor.recipe import Dataset, Metrics, Part, Recipe
 from fedtailor.result import Kind, Result, SiteResult, Timing, model_file, privacy_result, versions, weighted
 from fedtailor.simulations.clients import epsilon_of, sampling_of
+from fedtailor.simulations.hardware import HOST, placed
 from fedtailor.simulations.policies import Gate
 from fedtailor.simulations.setting import Setting
 from fedtailor.simulations.standing import Standing
@@ -32,13 +33,13 @@ def concluded(study: Setting, at: Standing, began: float, setup_s: float) -> tup
     if plan.evaluation.baseline and of is None:
         for site in plan.sites:
             params = train_alone(recipe, data[site].train, plan, site)
-            alone[site] = recipes.evaluate(recipe, params, data[site].test)
+            alone[site] = _evaluated(recipe, params, data[site].test)
     if gate is not None:
         own, alone = _left(gate, own, data, -2), _left(gate, alone, data, -1)
         for past in history:
             past["sites"] = _left(gate, past["sites"], data, past["round"])
     rows = {site: len(data[site].train.y) for site in plan.sites}
-    params = model_in(strategy.broadcast(at.state))
+    params = placed(HOST, model_in(strategy.broadcast(at.state)))
     rate = 1.0 if of is None else sampling_of(plan, of).rate
     spent, cast = epsilon_of(plan, plan.rounds, rate), received(plan, strategy, at.state) if of is None else 0
     kinds: dict[Kind, Mapping[str, Metrics]] = {"local_only": alone, "federated": history[-1]["sites"]}
@@ -84,7 +85,7 @@ def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Datase
 def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
     """The current model's metrics at every site."""
     params = model_in(strategy.broadcast(state))
-    return {site: recipes.evaluate(recipe, params, one.test) for site, one in data.items()}
+    return {site: _evaluated(recipe, params, one.test) for site, one in data.items()}
 
 
 def personal(
@@ -93,6 +94,11 @@ def personal(
     """The metrics of each site's own model; empty where the strategy gives it none."""
     if strategy.personal is None:
         return {}
-    cast = strategy.broadcast(state)
+    cast = placed(HOST, strategy.broadcast(state))
     own = {site: strategy.personal(cast, tree.at(memory, k)) for k, site in enumerate(data)}
-    return {site: recipes.evaluate(recipe, own[site], one.test) for site, one in data.items()}
+    return {site: _evaluated(recipe, own[site], one.test) for site, one in data.items()}
+
+
+def _evaluated(recipe: Recipe, params: Params, part: Part) -> Metrics:
+    """Metrics of parameters from anywhere, where the examples lie."""
+    return recipes.evaluate(recipe, placed(part.x.device, params), part)

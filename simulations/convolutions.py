@@ -1,15 +1,19 @@
 """Convolutions with weights of their own for every client, ``[K * B, C, ...]`` to ``[K * B, P, ...]``.
 
 On a CPU a loop over clients is at least as fast as one grouped convolution; elsewhere one grouped call saves launches.
+Images lie there with their channels innermost, where the model bears it: convolutions and poolings then read whole vectors.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtailor.simulations.layers import Kind
 from fedtailor.tree import Params
+
+CACHED = 1 << 19  # numbers of images' patches that are made at once: what a processor's cache holds
 
 
 def _forward(layer: nn.Conv2d, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:
@@ -23,6 +27,11 @@ def _forward(layer: nn.Conv2d, weights: Params, x: Tensor, clients: int) -> tupl
         return torch.cat([_convolve(layer, part, w, b, 1) for part, w, b in each]), x.detach()
     z = _convolve(layer, _beside(x, clients), weight.flatten(0, 1), None if bias is None else bias.flatten(), clients)
     return z.view(batch, clients, -1, *z.shape[2:]).transpose(0, 1).flatten(0, 1), x.detach()
+
+
+def arranged(x: Tensor) -> Tensor:
+    """Images with their channels innermost on a CPU; whatever else as it is."""
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 and looped(x) else x
 
 
 def looped(x: Tensor) -> bool:
@@ -60,15 +69,41 @@ def _gradient(layer: nn.Conv2d, x: Tensor, delta: Tensor, clients: int) -> Param
     )  # of the weight, only its shape is asked for
     how = like, None, layer.stride, _padding(layer), layer.dilation, False, none, groups, [False, True, False]
     backward = torch.ops.aten.convolution_backward
-    if one_by_one:
+    if batch == 1 and one_by_one and _innermost(x) and layer.groups == 1:
+        weight = _of_each_image(layer, x, delta)
+    elif one_by_one:
         each = zip(torch.split(x, batch), torch.split(delta, batch), strict=True)
         weight = torch.stack([backward(below, part, *how)[1] for part, below in each])
     else:
-        weight = backward(_beside(delta, clients), _beside(x, clients), *how)[1]
-    found = {"weight": weight.view(clients, *layer.weight.shape)}
+        weight = backward(_beside(delta, clients), _beside(x, clients), *how)[1].view(clients, *layer.weight.shape)
+    found = {"weight": weight}
     if layer.bias is not None:
-        found["bias"] = delta.reshape(clients, batch, layer.out_channels, -1).sum((1, 3))
+        found["bias"] = delta.view(clients, batch, *delta.shape[1:]).sum((1, *range(3, delta.dim() + 1)))
     return found
+
+
+def _innermost(x: Tensor) -> bool:
+    return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _of_each_image(layer: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
+    """Every image's gradient of the weight, as the product of its patches and of the gradient of what they made."""
+    (up, left), (down, right) = _padding(layer), layer.dilation
+    images = F.pad(x.contiguous(), (left, left, up, up))
+    of_image, of_channel, of_row, of_column = images.stride()
+    count, outputs, rows, columns = delta.shape
+    across = of_row * layer.stride[0], of_column * layer.stride[1]
+    patches = images.as_strided(
+        (count, *layer.weight.shape[1:], rows, columns),
+        (of_image, of_channel, of_row * down, of_column * right, *across),
+    )
+    deltas = delta.permute(0, 2, 3, 1).reshape(count, -1, outputs)
+    at_once = max(1, CACHED // patches[0].numel())
+    found = x.new_empty(count, layer.weight[0].numel(), outputs)
+    for part in (slice(first, first + at_once) for first in range(0, count, at_once)):
+        some = patches[part].reshape(-1, found.shape[1], deltas.shape[1])
+        torch.bmm(some, deltas[part], out=found[part])
+    return found.mT.view(count, *layer.weight.shape)
 
 
 def unfit(layer: Any) -> str | None:

@@ -21,13 +21,16 @@ from torch import Tensor
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
-from fedtailor.config import build
+from fedtailor.config import Precision, build
 from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError, RefusedError
 from fedtailor.privacy.planning import Sampling, strategy_of
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.cohort import feed_from
 from fedtailor.simulations.engine import in_blocks
+from fedtailor.simulations.graphs import replaying
+from fedtailor.simulations.hardware import HOST, across, device_of, placed, recipe_on
 from fedtailor.simulations.paths import Task, Way, forced
+from fedtailor.simulations.precision import multiplied
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
@@ -47,6 +50,9 @@ class Duty(NamedTuple):
     together: bool  # whether a block may be summed while it is trained
     summed: bool  # whether nobody asks for one client's summand
     threads: int
+    device: str
+    precision: Precision
+    graphs: bool
 
 
 class Died(FedtailorError):
@@ -115,12 +121,17 @@ def crew(workers: int, duty: Duty, rows: Part) -> Iterator[Crew]:
 def served(duty: Duty, rows: Part) -> Callable[[Tree], Tree]:
     """What a process does with a round: a function of what it is told to summands and memories."""
     plan = Plan.parse(duty.plan)
-    strategy, recipe = strategy_of(plan, sampling=duty.sampling), build(plan.recipe, Recipe)
+    strategy, recipe, on = strategy_of(plan, sampling=duty.sampling), build(plan.recipe, Recipe), device_of(duty.device)
     start = recipes.initial(recipe, plan.seed)
-    like = strategy.start(strategy.broadcast(strategy.init(start)), strategy.remember(start))
+    like = placed(on, strategy.start(strategy.broadcast(strategy.init(start)), strategy.remember(start)))
+    recipe, rows = recipe_on(recipe, on), Part(rows.x.to(on), rows.y.to(on))
     clip = None if plan.record is None else plan.record.clip
     task = Task(recipe, strategy, plan.local.lr, clip, feed_from(plan, rows, like), duty.block, duty.together)
-    return partial(_round, strategy, forced(duty.path, task), duty)
+    task = task._replace(half=duty.precision == "bf16")
+    if duty.graphs:
+        task = task._replace(replay=replaying(on, lambda why: print(why, file=sys.stderr)))
+    way = forced(duty.path, task)
+    return partial(_round, strategy, way._replace(many=across(way.many, on, HOST)), duty)
 
 
 def _round(strategy: Strategy, way: Way, duty: Duty, told: Tree) -> Tree:
@@ -180,7 +191,13 @@ def begun(rows: Tree, said: dict[str, Any]) -> Callable[[Tree], Tree]:
     sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
     duty = Duty(**said | {"sampling": sampling})
     torch.set_num_threads(duty.threads)
-    return served(duty, Part(rows["x"], rows["y"]))
+    train, clipped = served(duty, Part(rows["x"], rows["y"])), Plan.parse(duty.plan).record is not None
+
+    def work(told: Tree) -> Tree:
+        with multiplied(duty.precision, clipped):
+            return train(told)
+
+    return work
 
 
 def tried(work: Callable[[], Tree]) -> tuple[Tree, dict[str, Any]]:

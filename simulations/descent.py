@@ -22,13 +22,13 @@ class Seen:
     deltas: Tensor  # [K, N, P]
     filled: int = 0
 
-    def add(self, uses: Uses, rate: Tensor) -> Thin:
+    def add(self, uses: Uses, clients: int) -> Thin:
         """The weights after one more step."""
         for given, delta in uses:
-            rows = given.reshape(len(rate), -1, given.shape[-1])
+            rows = given.reshape(clients, -1, given.shape[-1])
             part = slice(self.filled, self.filled + rows.shape[1])
             self.inputs[:, part] = rows
-            torch.mul(delta.reshape(*rows.shape[:2], -1), beside(rate, rows), out=self.deltas[:, part])
+            self.deltas[:, part] = delta.reshape(*rows.shape[:2], -1)
             self.filled = part.stop
         return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled])
 
@@ -51,28 +51,36 @@ class Descent:
     rooms: Rooms | None = None
     seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
     begun: bool = False
-    own: set[str] = field(default_factory=set)  # weights of this descent's making, which may be changed in place
+    own: set[str] = field(default_factory=set)  # parameters of this descent's making, which may be changed in place
 
-    def step(self, parts: list[Part], rate: Tensor) -> None:
-        """One step; ``rate [K]`` is the learning rate, 0 where the step is padding."""
+    def step(self, parts: list[Part], clients: int) -> None:
+        """One step by gradients that are multiplied by the learning rate already: 0 where the step is padding."""
         for part in parts:
             name = part.layer.full("weight")
             if part.layer.kind is not LINEAR or part.made is not None:
-                self.move(part.gradient(len(rate)), rate)
+                self._descend(part.gradient(clients))
                 continue
             if self.thin and self.rooms is not None and self.shared and not self.begun:
-                self._begin(name, part.uses, len(rate), self.rooms)
+                self._begin(name, part.uses, clients, self.rooms)
             if name in self.seen:
-                self.params[name] = self.seen[name].add(part.uses, rate)
+                self.params[name] = self.seen[name].add(part.uses, clients)
             else:
                 for given, delta in part.uses:
-                    self._descend(name, given, delta, rate)
+                    self._multiply(name, given, delta, clients)
             for _, delta in part.uses:
-                self.move(part.layer.named(linear_bias(part.layer.module, delta, len(rate))), rate)
+                self._descend(part.layer.named(linear_bias(part.layer.module, delta, clients)))
         self.begun = True
 
+    def stray(self, noise: dict[str, Tensor], scale: Tensor) -> None:
+        """``params - scale * noise``, leaves ``[K, ...]``; in place, once they are our own."""
+        for name, drawn in noise.items():
+            params, by = self.params[name], beside(scale, drawn)
+            out = params if name in self.own else None
+            self.params[name] = torch.addcmul(params, by, drawn, value=-1, out=out)
+            self.own.add(name)
+
     def move(self, gradient: dict[str, Tensor], rate: Tensor) -> None:
-        """``params - rate * gradient``, of those parameters that have one."""
+        """``params - rate * gradient``, of those parameters that have one; what they were stays as it is."""
         for name, g in gradient.items():
             self.params[name] = torch.addcmul(self.params[name], beside(rate, g), g, value=-1)
 
@@ -94,15 +102,24 @@ class Descent:
                 found[name] = (weights.to(first.dtype)[None] @ changes.flatten(1)).view(1, *first.shape)
         return found
 
-    def _descend(self, name: str, given: Tensor, delta: Tensor, rate: Tensor) -> None:
+    def _descend(self, steps: dict[str, Tensor]) -> None:
+        """``params - steps``; in place, once they are our own."""
+        for name, one in steps.items():
+            if name in self.own:
+                self.params[name].sub_(one)
+            else:
+                self.params[name] = self.params[name] - one
+                self.own.add(name)
+
+    def _multiply(self, name: str, given: Tensor, delta: Tensor, clients: int) -> None:
         """A linear layer's step without its gradient in between; in place, once the weights are our own."""
-        clients, weight = len(rate), self.params[name]
+        weight = self.params[name]
         rows = given.reshape(clients, -1, given.shape[-1])
-        scaled = delta.reshape(*rows.shape[:2], -1) * beside(rate, rows)
+        deltas = delta.reshape(*rows.shape[:2], -1)
         out = weight if name in self.own else None
         if out is None and self.rooms is not None:
             out = room(self.rooms, name, (clients, *weight.shape[1:]), weight)
-        self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), scaled.mT, rows, alpha=-1, out=out)
+        self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), deltas.mT, rows, alpha=-1, out=out)
         self.own.add(name)
 
     def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms) -> None:

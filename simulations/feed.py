@@ -10,7 +10,7 @@ from fedtailor import tree
 from fedtailor.recipe import Part
 from fedtailor.tree import Tree
 
-Noise = Callable[[Tensor, int], Iterator[Tree]]  # seeds [K], steps -> each step's noise, leaves [K, ...]
+Noise = Callable[[Tensor, int], Iterator[Tensor]]  # seeds [K], steps -> each step's noise [K, N], of all parameters
 Rooms = dict[str, Tensor]
 
 
@@ -27,8 +27,8 @@ class Batch(NamedTuple):
     x: Tensor  # [K * B, ...]
     y: Tensor  # [K * B]
     weights: Tensor  # [K * B]: each example's weight in its client's mean; 0 for padding
-    scale: Tensor  # [K]
-    noise: Tree  # leaves [K, ...], or nothing
+    scale: Tensor  # [K]: what the noise is multiplied by
+    noise: Tensor | None  # [K, N]: of all parameters, one's values after another's
 
 
 class Feed(NamedTuple):
@@ -36,24 +36,29 @@ class Feed(NamedTuple):
 
     data: Part | None = None  # the rows that ``batches["rows"] [K, S, B]`` are numbers of
     noise: Noise | None = None  # made of ``batches["noise_seed"] [K]``
+    like: Tree = {}  # noqa: RUF012  # has the shapes that such noise comes apart into
 
-    def steps(self, batches: Tree, rooms: Rooms, noisy: bool = True) -> Iterator[Batch]:
-        """Each step's batch; its examples are overwritten by the next one's."""
-        live = batches["live"]
+    def steps(self, batches: Tree, rooms: Rooms, noisy: bool = True, rate: Tensor | None = None) -> Iterator[Batch]:
+        """Each step's batch; its examples and its noise are overwritten by the next one's.
+
+        Args:
+            rate: ``[K, S]``, which weights and scale are multiplied by: gradients are then steps.
+        """
+        live, scales = batches["live"], batches["scale"] if rate is None else batches["scale"] * rate
         count = live.shape[1]
-        weights = (live * batches["scale"][:, :, None]).transpose(0, 1).reshape(count, -1)
-        scale = batches["scale"].transpose(0, 1)
-        noise = self._noise(batches, count) if noisy else iter([{}] * count)
+        weights = (live * scales[:, :, None]).transpose(0, 1).reshape(count, -1).unbind()
+        scale, noise = scales.transpose(0, 1).unbind(), self._noise(batches, count) if noisy else iter([None] * count)
         if self.data is None or "rows" not in batches:
             for step in range(count):
                 x, y = batches["x"][:, step].flatten(0, 1), batches["y"][:, step].flatten(0, 1)
                 yield Batch(x, y, weights[step], scale[step], next(noise))
             return
         data, rows = self.data, batches["rows"].transpose(0, 1).reshape(count, -1)
+        labels = data.y[rows]
+        x = room(rooms, "x", (rows.shape[1], *data.x.shape[1:]), data.x)
         for step in range(count):
-            x = room(rooms, "x", (rows.shape[1], *data.x.shape[1:]), data.x)
             torch.index_select(data.x, 0, rows[step], out=x)  # data.x[rows] takes many times longer
-            yield Batch(x, data.y.index_select(0, rows[step]), weights[step], scale[step], next(noise))
+            yield Batch(x, labels[step], weights[step], scale[step], next(noise))
 
     def all(self, batches: Tree) -> Tree:
         """All steps as :func:`fedtailor.training.local_train` wants them: leaves ``[K, S, ...]``."""
@@ -62,16 +67,33 @@ class Feed(NamedTuple):
             rows = found.pop("rows")
             found |= {"x": self.data.x[rows], "y": self.data.y[rows]}
         if "noise_seed" in found:
-            each = list(self._noise(batches, batches["live"].shape[1]))
+            each = [apart(drawn.clone(), self.like) for drawn in self._seeded(batches)]
             del found["noise_seed"]
             found["noise"] = tree.map(lambda *xs: torch.stack(xs, 1), *each)
         return found
 
-    def _noise(self, batches: Tree, steps: int) -> Iterator[Tree]:
+    def shapes(self, batches: Tree) -> Tree:
+        """The shapes that noise comes apart into, in its own order: a cast that was read from a file has another."""
+        return self.like if "noise_seed" in batches else tree.map(lambda x: x[0, 0], batches.get("noise", {}))
+
+    def _noise(self, batches: Tree, steps: int) -> Iterator[Tensor | None]:
         if self.noise is not None and "noise_seed" in batches:
-            return self.noise(batches["noise_seed"], steps)
-        noise = batches.get("noise", {})
-        return (tree.map(lambda x, step=step: x[:, step], noise) if noise else {} for step in range(steps))
+            return self._seeded(batches)
+        given = tree.leaves(batches.get("noise", {}))
+        return (torch.cat([x[:, step].flatten(1) for x in given], 1) if given else None for step in range(steps))
+
+    def _seeded(self, batches: Tree) -> Iterator[Tensor]:
+        assert self.noise is not None
+        return self.noise(batches["noise_seed"], batches["live"].shape[1])
+
+
+def apart(flat: Tensor, like: Tree) -> Tree:
+    """``[K, N]`` as a tree of the shapes of ``like``, leaves ``[K, ...]``."""
+    shapes = tree.flatten(like)
+    parts = torch.split(flat, [p.numel() for p in shapes.values()], 1)
+    return tree.unflatten(
+        {name: part.view(len(flat), *p.shape) for (name, p), part in zip(shapes.items(), parts, strict=True)}
+    )
 
 
 NOTHING = Feed()

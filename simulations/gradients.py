@@ -10,8 +10,9 @@ from torch import Tensor
 from fedtailor import tree
 from fedtailor.recipe import Recipe
 from fedtailor.simulations.feed import Batch
-from fedtailor.simulations.folded import Folded, Layer
-from fedtailor.simulations.layers import beside, squared
+from fedtailor.simulations.folded import Folded, single
+from fedtailor.simulations.layers import LINEAR, beside, positions, squared
+from fedtailor.simulations.stands import Layer, Tape
 from fedtailor.tree import Params
 
 Uses = list[tuple[Tensor, Tensor]]  # of one layer: what it was given, and the gradient of what it made, of this shape
@@ -53,7 +54,7 @@ def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Bat
     made: list[dict[str, Params]] = [{} for _ in uses]  # examples' gradients, where they cost less than their lengths
     lengths = [_squares(layer, use, own) for one, own in zip(uses, made, strict=True) for layer, use in one]
     squares, gone = torch.stack(lengths).sum(0), None
-    if not math.isfinite(float(squares.sum())):  # seldom, and so worth a second look: some may overflow float32 only
+    if _odd(model.tape, squares.sum()):  # seldom, and so worth a second look: some may overflow float32 only
         lengths = [
             _squares(layer, [(_double(a), b.double()) for a, b in use], {}) for one in uses for layer, use in one
         ]
@@ -65,6 +66,19 @@ def clipped(recipe: Recipe, model: Folded, several: Sequence[Params], batch: Bat
         [_scaled(layer, use, own.get(layer.name), scale, gone, len(batch.scale)) for layer, use in one]
         for one, own in zip(uses, made, strict=True)
     ]
+
+
+def waits(x: Tensor) -> bool:
+    """Whether to look at a number of the device's in every step; a GPU would wait for it."""
+    return x.device.type == "cpu"
+
+
+def _odd(tape: Tape, total: Tensor) -> bool:
+    """Whether lengths need the second look; where that is not known yet, ``tape.odd`` keeps what will tell."""
+    if tape.careful or waits(total):
+        return tape.careful or not math.isfinite(float(total))
+    tape.odd = total if tape.odd is None else tape.odd + total
+    return False
 
 
 def _scaled(layer: Layer, uses: Uses, made: Params | None, scale: Tensor, gone: Tensor | None, clients: int) -> Part:
@@ -79,7 +93,7 @@ def _squares(layer: Layer, uses: Uses, made: dict[str, Params]) -> Tensor:
     found = layer.kind.squares(layer.module, *uses[0]) if len(uses) == 1 else None
     if found is None:
         made[layer.name] = _summed(layer, uses, len(uses[0][1]))
-        found = torch.stack([squared(g.flatten(1)) for g in made[layer.name].values()]).sum(0)
+        found = torch.stack([squared(_stored(g)) for g in made[layer.name].values()]).sum(0)
     return found
 
 
@@ -109,8 +123,16 @@ def _uses(model: Folded, losses: Tensor, weights: Tensor) -> list[tuple[Layer, U
     found: dict[str, Uses] = {layer.name: [] for layer in model.layers}
     for call, delta in zip(calls, deltas, strict=True):
         if delta is not None:
-            found[call.layer.name].append((call.given, delta))
-    return [(layer, found[layer.name]) for layer in model.layers if found[layer.name]]
+            use = (single(call.given), single(delta)) if model.half else (call.given, delta)
+            found[call.layer.name].append(use)
+    return [(layer, _together(layer, found[layer.name])) for layer in model.layers if found[layer.name]]
+
+
+def _together(layer: Layer, uses: Uses) -> Uses:
+    """A linear layer's uses as one: each example's positions are those of all of them."""
+    if layer.kind is not LINEAR or len(uses) == 1:
+        return uses
+    return [tuple(torch.cat([positions(x, len(x)) for x in each], 1) for each in zip(*uses, strict=True))]  # type: ignore[list-item]
 
 
 def _summed(layer: Layer, uses: Uses, clients: int) -> Params:
@@ -122,8 +144,16 @@ def _summed(layer: Layer, uses: Uses, clients: int) -> Params:
 
 def _weighted(scale: Tensor, each: Tensor, clients: int) -> Tensor:
     """``[K * B, ...]`` summed over each client's examples."""
-    total = torch.bmm(scale.to(each.dtype).view(clients, 1, -1), each.view(clients, len(each) // clients, -1))
-    return total.view(clients, *each.shape[1:])
+    stored = _stored(each)
+    total = torch.bmm(scale.to(each.dtype).view(clients, 1, -1), stored.view(clients, len(each) // clients, -1))
+    return total.as_strided((clients, *each.shape[1:]), (stored.shape[1], *each.stride()[1:]))
+
+
+def _stored(each: Tensor) -> Tensor:
+    """Every row's numbers ``[K * B, N]`` in the order in which they lie, which may be that of images' channels."""
+    number = each.numel() // len(each)
+    assert each.stride(0) == number, "made by a product, and so without gaps"
+    return each.as_strided((len(each), number), (number, 1))
 
 
 def _without(x: Tensor, gone: Tensor | None) -> Tensor:

@@ -54,7 +54,7 @@ class Thin(NamedTuple):
     deltas: Tensor  # [K, N, P]
 
 
-def _rows(x: Tensor, clients: int) -> Tensor:
+def positions(x: Tensor, clients: int) -> Tensor:
     """``[K * B, ..., D]`` to ``[K, B * ..., D]``."""
     return x.reshape(clients, -1, x.shape[-1])
 
@@ -62,33 +62,33 @@ def _rows(x: Tensor, clients: int) -> Tensor:
 def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:
     weight, bias = weights["weight"], weights.get("bias")
     if isinstance(weight, Thin):
-        rows = _rows(x, clients)
+        rows = positions(x, clients)
         moved = torch.bmm(torch.bmm(rows, weight.inputs.mT), weight.deltas).view(*x.shape[:-1], -1)
         z = F.linear(x, weight.start) - moved
         return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
     if len(weight) == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()
-    rows = _rows(x, clients)
+    rows = positions(x, clients)
     z = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
     return z.view(*x.shape[:-1], -1), x.detach()
 
 
 def _linear_gradient(layer: nn.Linear, x: Tensor, delta: Tensor, clients: int) -> Params:
-    rows = _rows(delta, clients)
-    return {"weight": torch.bmm(rows.mT, _rows(x, clients))} | linear_bias(layer, delta, clients)
+    rows = positions(delta, clients)
+    return {"weight": torch.bmm(rows.mT, positions(x, clients))} | linear_bias(layer, delta, clients)
 
 
 def linear_bias(layer: nn.Linear, delta: Tensor, clients: int) -> Params:
     """The gradient of a linear layer's bias, if it has one."""
-    return {} if layer.bias is None else {"bias": _rows(delta, clients).sum(1)}
+    return {} if layer.bias is None else {"bias": positions(delta, clients).sum(1)}
 
 
 def _linear_squares(layer: nn.Linear, x: Tensor, delta: Tensor) -> Tensor | None:
-    rows, deltas, bias = _rows(x, len(x)), _rows(delta, len(x)), 0.0 if layer.bias is None else 1.0
-    positions = rows.shape[1]
-    if positions == 1:
+    rows, deltas, bias = positions(x, len(x)), positions(delta, len(x)), 0.0 if layer.bias is None else 1.0
+    number = rows.shape[1]
+    if number == 1:
         return (squared(rows[:, 0]) + bias) * squared(deltas[:, 0])
-    if 2 * positions**2 >= layer.in_features * layer.out_features:
+    if 2 * number**2 >= layer.in_features * layer.out_features:
         return None
     return ((torch.bmm(rows, rows.mT) + bias) * torch.bmm(deltas, deltas.mT)).sum((1, 2)).clamp_(min=0)
 
@@ -114,7 +114,7 @@ def _embedding_gradient(layer: nn.Embedding, x: Tensor, delta: Tensor, clients: 
 
 
 def _embedding_squares(layer: nn.Embedding, x: Tensor, delta: Tensor) -> Tensor:
-    words, rows = x.reshape(len(x), -1), _rows(_learnt(layer, x, delta), len(x))
+    words, rows = x.reshape(len(x), -1), positions(_learnt(layer, x, delta), len(x))
     return (torch.bmm(rows, rows.mT) * (words[:, :, None] == words[:, None])).sum((1, 2)).clamp_(min=0)
 
 

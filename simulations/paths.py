@@ -4,7 +4,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,10 @@ from fedtailor.recipe import Recipe, losses
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.engine import Many, vmapped
 from fedtailor.simulations.feed import Feed
-from fedtailor.simulations.folded import NotBatchable
+from fedtailor.simulations.graphs import Replay, plainly
+from fedtailor.simulations.hardware import drawn
+from fedtailor.simulations.precision import half_losses
+from fedtailor.simulations.stands import NotBatchable
 from fedtailor.strategies import fedavg
 from fedtailor.strategy import Strategy, WeightedChange
 from fedtailor.training import clipped, local_train, plain
@@ -35,6 +38,8 @@ class Task(NamedTuple):
     feed: Feed
     block: int  # clients at once, at most
     together: bool  # whether nobody asks for one client's summand
+    half: bool = False  # whether models run in bfloat16
+    replay: Replay = plainly  # of blocks
 
 
 class Round(NamedTuple):
@@ -71,7 +76,7 @@ def choose(path: BlockPath, task: Task, first: Round) -> Way:
     of all ways on two steps of the first block; ways differ in rounding.
 
     Raises:
-        ConfigError: if ``path`` asks for batches and the model has no batched form.
+        ConfigError: if ``path`` asks for batches and the model has no batched form, or one client cannot train it.
     """
     if path in ("vmap", "loop"):
         return forced(path, task)
@@ -92,6 +97,21 @@ def forced(path: str, task: Task) -> Way:
     return _vmap(task, "asked for") if path == "vmap" else _loop(task, "asked for")
 
 
+def check_half(way: Way, first: Round) -> None:
+    """Try a step in bfloat16.
+
+    Raises:
+        ConfigError: if some operation of the model is not to be had in it.
+    """
+    try:
+        way.many(*first.of(2, 1))
+    except Exception as error:  # whatever a model's code, or torch under vmap, does not do with two kinds of numbers
+        why = f"{type(error).__name__}: {error}"
+        raise ConfigError(
+            f"simulation.precision: bf16, but the model fails in it by way of {way.path}: {why}; use float32"
+        ) from error
+
+
 def unfit(task: Task, first: Round) -> str | None:
     """Why a model cannot be batched; None where it can, and two clients' two steps agree with one at a time."""
     recipe = task.recipe._replace(model=lambda: _without_dropout(task.recipe.model()))
@@ -101,21 +121,25 @@ def unfit(task: Task, first: Round) -> str | None:
     size = batches["live"].shape[:2]
     batches |= {
         "live": torch.ones_like(batches["live"]),
-        "noise": tree.map(lambda p: torch.zeros(()).expand(*size, *p.shape), cast["params"]),
+        "noise": tree.map(lambda p: p.new_zeros(()).expand(*size, *p.shape), cast["params"]),
     }
     inputs = cast, nothing, batches, torch.ones_like(trial.live), trial.num_examples
     try:
         many = block_train(recipe, fedavg(), task.lr, task.clip)
-        before = torch.get_rng_state()
+        before = drawn(first.live.device)
         found = many(*inputs)[0]["delta"]
-        if not torch.equal(before, torch.get_rng_state()):
+        if not torch.equal(before, drawn(first.live.device)):
             return "the model draws random numbers that no seed of a client is behind"
     except NotBatchable as error:
         return str(error)
     except Exception as error:  # whatever a model's code does that clients folded into the batch cannot
         return f"with clients folded into the batch it fails: {type(error).__name__}: {error}"
     with warnings.catch_warnings(action="ignore"):  # that torch has no batching rule for this or that, and is slow
-        alone = looped(_train(task, recipe, fedavg()))(*inputs)[0]["delta"]
+        try:
+            alone = looped(_train(task._replace(half=False), recipe, fedavg()))(*inputs)[0]["delta"]
+        except RuntimeError as error:
+            how = "" if task.clip is None else " with its examples' gradients apart (torch.func.vmap); privacy=none may"
+            raise ConfigError(f"recipe: not even one client can train this model{how}: {error}") from error
     for name, expected in alone.items():
         a, b = found[name].nan_to_num(), expected.nan_to_num()
         if (a - b).norm() > 1e-2 * b.norm() + 1e-6:
@@ -153,7 +177,7 @@ def looped(train: Callable[..., tuple[Tree, Tree]]) -> Many:
 
 
 def _train(task: Task, recipe: Recipe, strategy: Strategy) -> Callable[..., tuple[Tree, Tree]]:
-    each = losses(recipe)
+    each = half_losses(recipe) if task.half else losses(recipe)
     return local_train(
         plain(each) if task.clip is None else clipped(each, task.clip),
         strategy,
@@ -177,7 +201,8 @@ def _loop(task: Task, why: str) -> Way:
 
 
 def _block(task: Task, block: int, why: str = "") -> Way:
-    many = block_train(task.recipe, task.strategy, task.lr, task.clip, feed=task.feed, together=task.together)
+    how: dict[str, Any] = {"feed": task.feed, "together": task.together, "half": task.half, "replay": task.replay}
+    many = block_train(task.recipe, task.strategy, task.lr, task.clip, **how)
     return Way(many, "block", block, why)
 
 

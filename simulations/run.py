@@ -12,17 +12,20 @@ import torch
 from torch import Tensor
 
 from fedtailor import tree
-from fedtailor.config import BlockPath
+from fedtailor.config import BlockPath, Precision
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.population import Population
 from fedtailor.result import Result
 from fedtailor.simulations import standing
+from fedtailor.simulations.arrivals import each, folded
 from fedtailor.simulations.buffered import buffered_round
 from fedtailor.simulations.cohort import rows_of
 from fedtailor.simulations.conclusion import concluded, measured
 from fedtailor.simulations.crew import ALL, crew
-from fedtailor.simulations.engine import simulate_round
+from fedtailor.simulations.engine import in_blocks, simulate_round
+from fedtailor.simulations.hardware import HOST, across
+from fedtailor.simulations.precision import multiplied
 from fedtailor.simulations.ray_crew import LOCAL, ray_crew
 from fedtailor.simulations.setting import OnEvent, Setting, prepare
 from fedtailor.simulations.standing import Standing
@@ -42,6 +45,9 @@ def simulate(
     step_s: Mapping[str, float] | None = None,
     population: Population | None = None,
     workers: int = 1,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    graphs: bool = False,
     ray: str | None = None,
     gpus: float = 0.0,
     checkpoint: Path | None = None,
@@ -66,6 +72,9 @@ def simulate(
         population: deals all sites' training rows out to more clients, of whom a round asks some, at random. Metrics stay
             those of the sites' held-out parts. What a round costs follows from its cohort, not from the population.
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
+        device: that clients are trained on, see :func:`fedtailor.simulations.hardware.device_of`.
+        precision: how exactly models multiply, see :mod:`fedtailor.simulations.precision`.
+        graphs: replay a block's work as a CUDA graph, see :mod:`fedtailor.simulations.graphs`; on a CPU nothing changes.
         ray: ``local``, or a Ray cluster's address: Ray places the workers, one too. Each asks it for as many CPUs as torch
             has threads here, of which those on this machine get their share each.
         gpus: what each of these asks for beside.
@@ -75,8 +84,8 @@ def simulate(
 
     Raises:
         RefusedError: if the rules or the data leave fewer sites than the quorum.
-        ConfigError: if a site of the plan has no source, the model cannot be trained as ``path`` says, or the checkpoint
-            is of another study.
+        ConfigError: if a site of the plan has no source, the model cannot be trained as ``path`` says, there is no such
+            ``device``, its ``precision`` is too low for the plan's privacy, or the checkpoint is of another study.
         ConnectionFailed: if there is no Ray cluster.
         ContractError: if its data do not satisfy the contract.
         StoreError: if the checkpoint cannot be read or written.
@@ -88,25 +97,31 @@ def simulate(
         "policies": policies,
         "step_s": step_s,
         "population": population,
+        "device": device,
+        "precision": precision,
+        "graphs": graphs,
     }
-    study = prepare(plan, sources, **how, on_event=on_event)
-    prints = [one.fingerprint for one in study.data.values()]
+    with multiplied(precision, plan.record is not None):
+        study = prepare(plan, sources, **how, on_event=on_event)
+    prints = [one.fingerprint for one in study.data.values()] + list(study.clients.prints)
     parts = workers if ray is None else f"{workers} of Ray"  # sums of other parts are rounded otherwise
     digest = standing.digest_of(study.whole.canonical(), study.plan.sites, prints, how, parts)
     at = study.begin()
     if resume and checkpoint is not None and checkpoint.exists():
         at, also = standing.load(checkpoint, digest)
+        at = study.resumed(at)
         study.sent.update(also["sent"])
         before_s = also["wall_s"]
         if study.gate is not None:
             study.gate.dropped[:] = also["dropped"]
         on_event({"kind": "round", "round": at.round, "rounds": plan.rounds})
     with ExitStack() as stack:
+        stack.enter_context(multiplied(precision, plan.record is not None))
         if workers > 1 or ray is not None:
             threads = max(1, torch.get_num_threads() // (workers if ray in (None, LOCAL) else 1))
             given = workers, study.duty(threads), rows_of(study.data)
             many = stack.enter_context(crew(*given) if ray is None else ray_crew(*given, ray, gpus)).many
-            study = study._replace(way=study.way._replace(many=many, block=ALL))
+            study = study._replace(way=study.way._replace(many=across(many, HOST, study.home), block=ALL))
             at = replace(at, block=ALL)
         setup_s = saved = time.monotonic() - began
         while at.round < plan.rounds:
@@ -116,9 +131,9 @@ def simulate(
                 also = {"sent": study.sent, "dropped": gone, "wall_s": before_s + time.monotonic() - began}
                 standing.save(checkpoint, at, also, digest)
                 saved = time.monotonic() - began
-            done = {"round": at.round, "clients": len(study.clients.asked(at.round - 1)), "seconds": at.round_s[-1]}
+            done = {"round": at.round, "clients": at.trained, "seconds": at.round_s[-1]}
             on_event({"kind": "round", "rounds": plan.rounds} | done)
-    return concluded(study, at, began - before_s, setup_s)
+        return concluded(study, at, began - before_s, setup_s)
 
 
 def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
@@ -136,9 +151,19 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
         block = size
         on_event({"kind": "path", "path": study.way.path, "block": size, "why": "out of memory", "seconds": {}})
 
-    asked, clock, state, memory, known = study.clients.asked(round), at.clock, at.state, at.memory, at.known
-    if asked:
-        memory, known, rows = recalled(memory, known, asked, tree.bare(strategy.remember(study.start)))
+    clock, state, memory, known = at.clock, at.state, at.memory, at.known
+    flow = None if study.clients.flow is None else study.clients.flow(round, clock)
+    asked = study.clients.asked(round, clock.now) if flow is None else flow.begun
+    memory, known, rows = recalled(memory, known, asked, tree.bare(strategy.remember(study.start)))
+    if flow is not None and flow.came:
+        fresh = dict[int, Tree]()
+        if asked:
+            told = (strategy.broadcast(state), tree.at(memory, rows), *study.clients.fed(round, asked))
+            fresh, mem = each(asked, in_blocks(study.way.many, *told, block, smaller))
+            memory = tree.map(partial(_put, rows), memory, tree.bare(mem))
+        state, clock, old = folded(study.plan, strategy, state, round, flow, fresh)
+        stale += old
+    elif flow is None and asked:
         given = (strategy, study.way.many, state, tree.at(memory, rows), *study.clients.fed(round, asked), round)
         if study.plan.buffer is None:
             state, kept = simulate_round(*given, block, study.keep, smaller)
@@ -158,9 +183,12 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
         if len(now.sites) - len(out) < study.plan.quorum:
             raise RefusedError(f"round {round}: too few answers passed the airlock: {gate.dropped}", code="quorum")
     round_s = [*at.round_s, time.monotonic() - began]
-    lasted = study.clients.lasts(round)
-    virtual_s = at.virtual_s if lasted is None else [*at.virtual_s, lasted]
-    return Standing(round + 1, state, memory, known, clock, block, stale, history, round_s, virtual_s)
+    virtual_s = at.virtual_s
+    if flow is not None:
+        virtual_s = [*virtual_s, clock.now - at.clock.now]
+    elif (lasted := study.clients.lasts(round, at.clock.now)) is not None:
+        virtual_s, clock = [*virtual_s, lasted], clock._replace(now=clock.now + lasted)
+    return Standing(round + 1, state, memory, known, clock, block, stale, history, round_s, virtual_s, len(asked))
 
 
 def recalled(memory: Tree, known: list[int], asked: list[int], fresh: Tree) -> tuple[Tree, list[int], Tensor]:
@@ -172,7 +200,7 @@ def recalled(memory: Tree, known: list[int], asked: list[int], fresh: Tree) -> t
     if new:
         place |= {client: len(known) + n for n, client in enumerate(new)}
         memory = tree.map(lambda old, one: torch.cat([old, one.expand(len(new), *one.shape)]), memory, fresh)
-    return memory, [*known, *new], torch.tensor([place[client] for client in asked])
+    return memory, [*known, *new], torch.tensor([place[client] for client in asked], dtype=torch.long)
 
 
 def _put(at: Tensor, old: Tensor, new: Tensor) -> Tensor:

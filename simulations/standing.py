@@ -27,6 +27,7 @@ class Standing:
     history: list[dict[str, Any]] = field(default_factory=list)
     round_s: list[float] = field(default_factory=list)
     virtual_s: list[float] = field(default_factory=list)
+    trained: int = 0  # clients of the last round
 
 
 NUMBERS = ("round", "known", "block", "stale", "history", "round_s", "virtual_s")  # what a checkpoint's header holds
@@ -43,7 +44,7 @@ def save(path: Path, at: Standing, also: Mapping[str, Any], digest: str) -> None
         StoreError: if it cannot be written; the one before it is then still there.
     """
     coming = {str(n): one.summand for n, one in enumerate(at.clock.coming)}
-    due = [[one.due, one.client, one.round] for one in at.clock.coming]
+    due = [[one.due, one.client, one.round, one.lost] for one in at.clock.coming]
     said = {name: getattr(at, name) for name in NUMBERS} | {"now": at.clock.now, "coming": due, "also": dict(also)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +71,8 @@ def load(path: Path, digest: str) -> tuple[Standing, dict[str, Any]]:
         said = json.loads(header["standing"])
         coming = trees.get("coming", {})
         answers = tuple(
-            Answer(due, client, round, coming[str(n)]) for n, (due, client, round) in enumerate(said["coming"])
+            Answer(due, client, round, {} if lost else coming[str(n)], lost)
+            for n, (due, client, round, lost) in enumerate(said["coming"])
         )
         numbers = {name: said[name] for name in NUMBERS}
         at = Standing(

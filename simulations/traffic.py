@@ -42,6 +42,13 @@ def counting(
     return kept, sent
 
 
+def lengths(plan: Plan, strategy: Strategy, start: Params) -> tuple[int, int]:
+    """The bytes of one cast, and of one summand that is not packed."""
+    cast = strategy.broadcast(strategy.init(start))
+    down, up = (tree.flatten(each) for each in (cast, leaving.summand(plan, strategy, start)))
+    return _length(store.safetensors(down)), _length(store.safetensors(up))
+
+
 def received(plan: Plan, strategy: Strategy, state: Tree) -> int:
     """The bytes that a site is sent in all: the cast of the end, and of every round, as if it were asked in each."""
     return (plan.rounds + 1) * _length(store.safetensors(tree.flatten(strategy.broadcast(state))))

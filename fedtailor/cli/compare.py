@@ -1,7 +1,5 @@
 """``fedtailor compare``: one table over many run folders, those that differ by their seed in one row."""
 
-import csv as csvlib
-import io
 import json as jsonlib
 import math
 from collections.abc import Sequence
@@ -22,6 +20,11 @@ Plot = Annotated[
     Path | None, typer.Option(help="Also draw the metric over the rounds, a line for each row: a PNG file.")
 ]
 Csv = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file, with all digits.")]
+Parquet = Annotated[Path | None, typer.Option("--parquet", help="The same as Parquet, whose columns have types.")]
+Rounds = Annotated[
+    Path | None,
+    typer.Option("--rounds", help="Also write every metric of each run, round and site, a row each: .csv or .parquet."),
+]
 
 
 class Run(NamedTuple):
@@ -29,6 +32,7 @@ class Run(NamedTuple):
 
     result: Any  # a fedtailor.result.Result
     settings: dict[str, str]  # of config.yaml, by the names that overrides have
+    folder: Path
 
 
 class Mean(NamedTuple):
@@ -55,10 +59,16 @@ class Row(NamedTuple):
 def compare(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Every run folder in it, at any depth, is compared.")],
     csv: Csv = None,
+    parquet: Parquet = None,
+    rounds: Rounds = None,
     plot: Plot = None,
     json: Json = False,
 ) -> None:
     """Compare runs: what differs between them, metrics with 95 % intervals over seeds, epsilon, seconds."""
+    from fedtailor.cli import tables
+
+    if rounds is not None and rounds.suffix not in (".csv", ".parquet"):
+        raise ConfigError(f"--rounds {rounds}: the file's name says what it is; end it in .csv or .parquet")
     runs, wrong = [], []
     for path in sorted(folder.rglob("result.json")):
         try:
@@ -69,7 +79,12 @@ def compare(
         raise ConfigError(f"{folder}: no run folder, one with a result.json, is in it; see: fedtailor simulate --help")
     rows = compared(runs)
     if csv is not None:
-        _write(csv, rows)
+        tables.write_csv(csv, tables.means(rows))
+    if parquet is not None:
+        tables.write_parquet(parquet, tables.means(rows))
+    if rounds is not None:
+        writer = tables.write_parquet if rounds.suffix == ".parquet" else tables.write_csv
+        writer(rounds, tables.by_round(runs, differing(runs), folder))
     if plot is not None:
         _draw(plot, rows)
     if not show({"rows": [row._asdict() for row in rows], "wrong": wrong}, json) and rows:
@@ -101,7 +116,7 @@ def read(folder: Path) -> Run:
         raise StoreError(f"{path} cannot be read: {str(error).splitlines()[0]}; run it again, or remove it") from error
     config |= {"population": result.population, "simulation": result.simulation}  # are no part of the plan
     settings = {key: value for key, value in _flat(config).items() if key not in NAMED}
-    return Run(result, settings | {"engine": result.engine, "status": result.status})
+    return Run(result, settings | {"engine": result.engine, "status": result.status}, folder)
 
 
 def _flat(value: Any, name: str = "") -> dict[str, str]:
@@ -118,11 +133,7 @@ def compared(runs: Sequence[Run]) -> list[Row]:
     for run in runs:
         key = (run.result.study, run.result.strategy, jsonlib.dumps(run.settings, sort_keys=True))
         together.setdefault(key, []).append(run)
-    differ = [
-        name
-        for name in dict.fromkeys(name for run in runs for name in run.settings)
-        if len({run.settings.get(name) for run in runs}) > 1
-    ]
+    differ = differing(runs)
     rows = []
     for (study, strategy, _), some in together.items():
         names = dict.fromkeys(name for run in some for name in headline(run.result))
@@ -147,6 +158,12 @@ def compared(runs: Sequence[Run]) -> list[Row]:
             )
         )
     return rows
+
+
+def differing(runs: Sequence[Run]) -> list[str]:
+    """The settings that are not the same in all runs."""
+    names = dict.fromkeys(name for run in runs for name in run.settings)
+    return [name for name in names if len({run.settings.get(name) for run in runs}) > 1]
 
 
 def _by_round(runs: Sequence[Run], name: str) -> list[tuple[int, Mean]]:
@@ -241,20 +258,3 @@ def _draw(path: Path, rows: Sequence[Row]) -> None:
     if picture is None:
         raise ConfigError(f"--plot {path}: {why}")
     store.write_bytes(path, picture, mode=0o644)
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    from fedtailor import store
-
-    metrics = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    settings = list(rows[0].settings) if rows else []
-    text = io.StringIO()
-    writer = csvlib.writer(text, lineterminator="\n")
-    heads = [f"{name}{part}" for name in metrics for part in ("", " ± 95 %")]
-    writer.writerow(["study", "strategy", *settings, "seeds", *heads, "epsilon", "seconds"])
-    for row in rows:
-        means = [row.metrics.get(name, Mean(None, None, 0)) for name in metrics]
-        cells = [value for each in means for value in (each.mean, each.half)]
-        seeds = " ".join(map(str, row.seeds))
-        writer.writerow([row.study, row.strategy, *row.settings.values(), seeds, *cells, row.epsilon, row.seconds])
-    store.write_text(path, text.getvalue(), mode=0o644)

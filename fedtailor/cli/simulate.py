@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from fedtailor.cli.options import Json, show
+from fedtailor.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedtailor.config import Experiment
@@ -23,23 +24,46 @@ Resume = Annotated[bool, typer.Option("--resume", help="Go on where a run of thi
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder, until its result is there
 Multirun = Annotated[bool, typer.Option("--multirun", "-m", help="Run every combination of values with commas.")]
 
+Launcher = Annotated[
+    str, typer.Option(help="Where the runs of -m are done: local, one after the other; joblib, ray or submitit.")
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Runs at once; default: as many as there are cores.")]
+Submitit = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="What a Slurm job asks for: timeout_min=120, slurm_partition=gpu, mem_gb=8 …"
+    ),
+]
+
 
 def simulate(
     overrides: Overrides = None,
     out: Out = None,
     multirun: Multirun = False,
     resume: Resume = False,
+    launcher: Launcher = "local",
+    jobs: Jobs = None,
+    submitit: Submitit = None,
     json: Json = False,
 ) -> None:
-    """Simulate a study and write its run folder. Its noise is seeded, for studying accuracy: nothing to release."""
+    """Simulate a study and write its run folder. The block engine's noise is seeded, for studying accuracy: nothing to release."""
     if multirun:
+        from fedtailor.cli.launchers import Room, parsed
         from fedtailor.cli.sweep import sweep
 
-        return sweep(overrides or [], out or Path("outputs") / "sweep", resume, json)
+        room = Room(jobs, out or Path("outputs") / "sweep", parsed(submitit or []))
+        return sweep(overrides or [], resume, json, launcher, room)
+    if launcher != "local" or jobs is not None or submitit:
+        raise ConfigError("--launcher, --jobs and --submitit are for a sweep; add -m")
     from fedtailor.config import load
     from fedtailor.report import console_table
 
     experiment = load(overrides or [])
+    if resume and experiment.simulation.engine == "flower":
+        raise ConfigError(
+            "--resume: not with simulation.engine=flower, whose runtime keeps what it has in memory; begin anew without it, or "
+            "simulation.engine=block"
+        )
     folder = out or Path("outputs") / "simulate" / experiment.plan.study
     with progress() as shown:
         if (folder / CHECKPOINT).exists() and not resume:
@@ -89,5 +113,7 @@ def followed(shown: Progress, name: str, experiment: "Experiment") -> "OnEvent":
             shown.update(task, completed=event["round"], said=f"{rate}{epsilon}")
         if event.get("kind") == "path" and event["why"]:
             shown.console.print(f"clients are trained by {event['path']}, {event['block']} at once: {event['why']}")
+        if event.get("kind") == "graphs":
+            shown.console.print(event["why"])
 
     return on_event

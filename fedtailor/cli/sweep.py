@@ -1,8 +1,9 @@
-"""``fedtailor simulate … -m``: one run after the other, for every combination of the values that are listed."""
+"""``fedtailor simulate … -m``: a run for every combination of the values that are listed."""
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,51 +11,83 @@ import typer
 from rich.console import Console
 
 from fedtailor.cli import compare
+from fedtailor.cli.launchers import LAUNCHERS, Room, Task
 from fedtailor.cli.options import show
 from fedtailor.cli.simulate import completed, followed, progress
-from fedtailor.errors import FedtailorError
+from fedtailor.errors import ConfigError, FedtailorError
 
 if TYPE_CHECKING:
     from fedtailor.config import Experiment
+    from fedtailor.simulations.setting import OnEvent
+
+    Follow = Callable[[str, Experiment], OnEvent]
 
 
-def sweep(overrides: Sequence[str], root: Path, resume: bool, json: bool) -> None:
-    """Run all, each in a folder of its own under ``root``; exit code 1 if one failed, and the others went on.
+def sweep(overrides: Sequence[str], resume: bool, json: bool, launcher: str, room: Room) -> None:
+    """Run all, each in a folder of its own under ``room.root``; exit code 1 if one failed, and the others went on.
 
     With ``resume`` a run that has its result is left as it is, and one that was interrupted goes on.
+
+    Raises:
+        ConfigError: if the launcher is unknown, not installed or asked for what it has not.
     """
     from fedtailor import config
 
+    if hydras := [one for one in overrides if re.match(r"[+~]*hydra[/.](launcher|sweeper|job)", one)]:
+        raise ConfigError(f"{hydras[0]}: launchers are options here: --launcher joblib --jobs 4")
+    if launcher not in LAUNCHERS:
+        raise ConfigError(f"--launcher {launcher}: there is no such launcher; there are {', '.join(LAUNCHERS)}")
+    if launcher == "local" and room.jobs not in (None, 1):
+        raise ConfigError(f"--jobs {room.jobs}: local runs one after the other; add --launcher joblib")
+    if launcher != "submitit" and room.asked:
+        raise ConfigError(f"--submitit {next(iter(room.asked))}: is for --launcher submitit, this is {launcher}")
     fixed, chosen = config.sweep(overrides)
-    runs: list[dict[str, object]] = []
+    listed = [Task([*fixed, *each], str(room.root / named(each or fixed)), resume) for each in chosen]
+    tasks = {task.folder: task for task in listed}  # what is listed twice has one folder, and is run once
+    errors = dict[str, str | None]()
     with progress() as shown:
-        task = shown.add_task("runs", total=len(chosen), said="")
-        for each in chosen:
-            folder = root / named(each or fixed)
-            error = None
-            try:
-                if not resume:
-                    (folder / "result.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
-                experiment = config.load([*fixed, *each])
-                if not done_before(folder, experiment):
-                    (folder / "result.json").unlink(missing_ok=True)
-                    completed(experiment, folder, resume, followed(shown, folder.name, experiment))
-            except FedtailorError as failure:
-                error = str(failure)
-            except Exception as failure:  # what one combination breaks must not take the others along
-                error = f"{type(failure).__name__}: {failure}"
+        bar = shown.add_task("runs", total=len(tasks), said="")
+        work = partial(ran, follow=partial(followed, shown)) if launcher == "local" else ran
+        for folder, error in LAUNCHERS[launcher](work, list(tasks.values()), room):
+            errors[folder] = error
             if error:
-                shown.console.print(f"{folder.name} failed: {error}", markup=False, highlight=False, soft_wrap=True)
-            runs.append({"folder": str(folder), "overrides": [*fixed, *each], "error": error})
-            shown.advance(task)
-    good = [Path(str(one["folder"])) for one in runs if not one["error"]]
-    rows = compare.compared([compare.read(folder) for folder in dict.fromkeys(good)])
+                name = Path(folder).name
+                shown.console.print(f"{name} failed: {error}", markup=False, highlight=False, soft_wrap=True)
+            shown.advance(bar)
+    runs = [{"folder": one.folder, "overrides": one.overrides, "error": errors[one.folder]} for one in listed]
+    good = [one for one in runs if not one["error"]]
+    rows = compare.compared([compare.read(Path(folder)) for folder in tasks if not errors[folder]])
     if not show({"runs": runs, "rows": [row._asdict() for row in rows]}, json):
         if rows:
             Console().print(compare.shown(rows))
-        Console().print(f"{len(good)} of {len(runs)} runs done; run folders: {root}", markup=False, highlight=False)
+        Console().print(
+            f"{len(good)} of {len(runs)} runs done; run folders: {room.root}", markup=False, highlight=False
+        )
     if len(good) < len(runs):
         raise typer.Exit(1)
+
+
+def ran(overrides: list[str], folder: str, resume: bool, follow: "Follow | None" = None) -> str | None:
+    """Do one run, in whichever process: None, or why it failed. Strings in, a string out: libraries that pickle see no more.
+
+    Args:
+        follow: makes of a run's name and settings what is told of its rounds; None: nobody is.
+    """
+    from fedtailor import config
+
+    path = Path(folder)
+    try:
+        if not resume:
+            (path / "result.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
+        experiment = config.load(overrides)
+        if not done_before(path, experiment):
+            (path / "result.json").unlink(missing_ok=True)
+            completed(experiment, path, resume, follow(path.name, experiment) if follow else lambda event: None)
+    except FedtailorError as failure:
+        return str(failure)
+    except Exception as failure:  # what one combination breaks must not take the others along
+        return f"{type(failure).__name__}: {failure}"
+    return None
 
 
 def done_before(folder: Path, experiment: "Experiment") -> bool:
@@ -73,7 +106,7 @@ def done_before(folder: Path, experiment: "Experiment") -> bool:
     same: bool = written == resolved(experiment).model_dump(mode="json", by_alias=True)
     return (
         same
-        and result.population == (None if of is None else of.model_dump())
+        and (result.population is None if of is None else of.made(result.population))
         and result.simulation == told(experiment)
     )
 

@@ -79,7 +79,8 @@ def tabular(
         y = torch.tensor([row.label for row in rows], dtype=torch.float32)
         test = torch.tensor(held_out(rows, test_fraction, split_seed))
         train, held = Part(x[~test], y[~test]), Part(x[test], y[test])
-        return Dataset(train, held, _fingerprint(rows), len(rows), tuple(_notes(agreed, rows)))
+        notes = tuple(_notes(agreed, rows))
+        return Dataset(train, held, _fingerprint(rows), len(rows), notes, (~test).nonzero()[:, 0])
 
     def losses(outputs: Tensor, y: Tensor) -> Tensor:
         return binary_cross_entropy_with_logits(outputs, y, reduction="none")

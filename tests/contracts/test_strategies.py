@@ -9,6 +9,7 @@ import torch
 from forms import private_forms
 from pydantic import TypeAdapter, ValidationError
 from safetensors import torch as files
+from strays import OTHER, elsewhere_by_default
 from torch import Tensor
 
 from fedtailor import STACK, Strategy, tree
@@ -296,3 +297,14 @@ def test_a_loss_does_not_leave_under_record_level_privacy(name: str) -> None:
 def test_an_unknown_argument_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: momentun"):
         build(with_arguments(name, momentun=0.9), Strategy)
+
+
+@pytest.mark.parametrize("name", [name for name, strategy in SHIPPED.items() if strategy.reduce.is_sum])
+def test_a_round_of_one_that_sums_makes_nothing_on_another_device(name):
+    """Its state lies on a GPU, where there is one: see fedtailor.simulations.hardware."""
+    strategy, world = SHIPPED[name], World()
+    many = vmapped(local_train(plain(losses), strategy, 0.05, losses))
+    state, memories = world.start(strategy)
+    given = strategy, many, state, tree.stack(memories), world.batches, world.live, world.counts, 1
+    found = elsewhere_by_default(lambda: simulate_round(*given))
+    assert not any(x.device == OTHER for each in found for x in tree.leaves(each))

@@ -11,6 +11,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from fedtailor.cli import app, compare
+from fedtailor.cli.tables import typed
 from fedtailor.config import load
 from fedtailor.errors import StoreError
 from fedtailor.result import PrivacyResult, Result, SiteResult, Timing, model_file
@@ -175,3 +176,82 @@ def test_what_cannot_be_drawn_is_said(tmp_path, monkeypatch):
     run = CliRunner().invoke(app, ["compare", str(tmp_path), "--plot", str(tmp_path / "all.png")])
     assert "matplotlib is not installed: pip install 'fedtailor[plots]'" in str(run.exception)
     assert not (tmp_path / "all.png").exists()
+
+
+def differ_by_all_kinds(tmp_path):
+    history = [
+        {
+            "round": 0,
+            "sites": {"va": {"auroc": 0.5, "accuracy": None}, "ch": {"auroc": 0.25}},
+            "metrics": {"auroc": 0.4},
+        },
+        {"round": 5, "sites": {}, "metrics": {"auroc": None}},
+    ]
+    write(tmp_path / "a", 0.8123456789, "rounds=5", "local.lr=1", "evaluation.baseline=false", history=history)
+    write(tmp_path / "b", None, "rounds=7", "local.lr=0.5", "+local.within_s=3", seed=1, epsilon=2.5)
+
+
+def test_each_metric_of_a_run_round_and_site_is_a_line(tmp_path):
+    differ_by_all_kinds(tmp_path)
+    rows_of(tmp_path, "--rounds", str(tmp_path / "r.csv"))
+    lines = list(csv.DictReader(StringIO((tmp_path / "r.csv").read_text())))
+    assert [(x["run"], x["round"], x["site"], x["metric"], x["value"]) for x in lines] == [
+        ("a", "0", "va", "auroc", "0.5"),
+        ("a", "0", "va", "accuracy", ""),
+        ("a", "0", "ch", "auroc", "0.25"),
+        ("a", "0", "", "auroc", "0.4"),
+        ("a", "5", "", "auroc", ""),
+    ]
+    about = {"study": "heart", "strategy": "fedavg", "rounds": "5", "local.lr": "1.0", "seed": "0"}
+    assert about.items() <= lines[0].items()
+    assert lines[0]["evaluation.baseline"] == "false" and lines[0]["local.within_s"] == ""
+    run = CliRunner().invoke(app, ["compare", str(tmp_path), "--rounds", str(tmp_path / "r.xlsx")])
+    assert "end it in .csv or .parquet" in str(run.exception) and not (tmp_path / "r.xlsx").exists()
+
+
+@pytest.mark.slow
+def test_parquet_has_types(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    differ_by_all_kinds(tmp_path)
+    rows_of(tmp_path, "--parquet", str(tmp_path / "t"), "--rounds", str(tmp_path / "r.parquet"))
+    table = parquet.read_table(tmp_path / "t")
+    kinds = dict(zip(table.column_names, map(str, table.schema.types), strict=True))
+    assert kinds == {
+        "study": "string", "strategy": "string", "rounds": "int64", "local.lr": "double", "local.within_s": "double",
+        "evaluation.baseline": "bool", "seeds": "string", "auroc": "double", "auroc ± 95 %": "double",
+        "accuracy": "double", "accuracy ± 95 %": "double", "epsilon": "double", "seconds": "double",
+    }  # fmt: skip
+    first, second = table.to_pylist()
+    assert (first["rounds"], first["local.lr"], first["local.within_s"], first["auroc"]) == (5, 1.0, None, 0.8123456789)
+    assert first["evaluation.baseline"] is False and second["epsilon"] == 2.5 and second["auroc"] is None
+    long = parquet.read_table(tmp_path / "r.parquet")
+    assert long.column("value").to_pylist() == [0.5, None, 0.25, 0.4, None]
+    assert long.column("site").to_pylist() == ["va", "va", "ch", None, None]
+    assert [str(long.schema.field(name).type) for name in ("seed", "round", "site", "value")] == [
+        "int64", "int64", "string", "double",
+    ]  # fmt: skip
+
+
+def test_parquet_without_its_extra_is_refused(tmp_path, monkeypatch):
+    write(tmp_path / "a", 0.8)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    run = CliRunner().invoke(app, ["compare", str(tmp_path), "--parquet", str(tmp_path / "t.parquet")])
+    assert "pip install 'fedtailor[tables]'" in str(run.exception) and not (tmp_path / "t.parquet").exists()
+
+
+@pytest.mark.parametrize(
+    ("texts", "cells"),
+    [
+        (["1", "", "2"], [1, None, 2]),
+        (["1", "2.5"], [1.0, 2.5]),
+        (["true", "false"], [True, False]),
+        (["true", "1"], ["true", "1"]),
+        (["1", "[1]"], ["1", "[1]"]),
+        (["NaN", "1e999"], ["NaN", "1e999"]),
+        (["9223372036854775808"], ["9223372036854775808"]),
+        (["", ""], [None, None]),
+    ],
+)
+def test_settings_are_numbers_where_all_are(texts, cells):
+    made = typed(texts)
+    assert made.cells == cells and {type(cell) for cell in made.cells if cell is not None} <= {made.kind}

@@ -1,6 +1,8 @@
 """Where rows come from: cells as they are written, errors with their line, and the four hospitals as UCI has them."""
 
+import sys
 from collections import Counter
+from datetime import date
 
 import pytest
 from hypothesis import example, given, settings
@@ -8,9 +10,9 @@ from hypothesis import strategies as st
 
 from fedtailor import datasets
 from fedtailor.contract import check, load_contract
-from fedtailor.datasets import csv_folder, heart_disease, write_csv
+from fedtailor.datasets import csv_folder, heart_disease, parquet_folder, write_csv
 from fedtailor.errors import ConfigError, ContractError
-from fedtailor.sources import CsvSource
+from fedtailor.sources import CsvSource, ParquetSource
 
 SITES = {"cleveland": (303, 139), "hungary": (294, 106), "switzerland": (123, 115), "va": (200, 149)}  # rows, diseased
 WORDS = st.text(st.characters(blacklist_categories=["Cs"], blacklist_characters="\ufeff\0\r"), max_size=8)
@@ -100,6 +102,55 @@ def test_a_written_table_is_read_again(folder, cells):
     path = folder / "t.csv"
     write_csv(cells, path)
     assert CsvSource(path).table() == {name: [cell.strip() for cell in column] for name, column in cells.items()}
+
+
+@pytest.mark.slow
+def test_a_parquet_file_has_the_cells_of_a_csv_file(tmp_path):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    made = pyarrow.table(
+        {
+            " age ": pyarrow.array([63, None, 2**60], pyarrow.int64()),
+            "oldpeak": pyarrow.array([2.3, float("nan"), 1e-9]),
+            "sex": pyarrow.array([True, False, None]),
+            "thal": pyarrow.array([" normal ", None, "fixed"]).dictionary_encode(),
+            "ca": pyarrow.array([1.0, None, 0.0]),
+            "seen": pyarrow.array([date(2020, 2, 29), None, date(1999, 1, 1)]),
+        }
+    )
+    parquet.write_table(made, tmp_path / "va.parquet", row_group_size=2)
+    found = parquet_folder(str(tmp_path), ["va"])["va"].table()
+    assert found == {
+        "age": ["63", "", str(2**60)], "oldpeak": ["2.3", "", "1e-09"], "sex": ["1", "0", ""],
+        "thal": ["normal", "", "fixed"], "ca": ["1.0", "", "0.0"], "seen": ["2020-02-29", "", "1999-01-01"],
+    }  # fmt: skip
+    for wrong, words in [
+        ({"a": [[1]]}, "column 'a' is of list"),
+        ({"a": [b"x"]}, "column 'a' is of binary"),
+        ({"a": [1], "a ": [2]}, "names column 'a' twice"),
+    ]:
+        parquet.write_table(pyarrow.table(wrong), tmp_path / "wrong.parquet")
+        with pytest.raises(ContractError, match=words):
+            ParquetSource(tmp_path / "wrong.parquet").table()
+    (tmp_path / "torn.parquet").write_bytes((tmp_path / "va.parquet").read_bytes()[:-9])
+    for name in ("torn", "missing"):
+        with pytest.raises(ContractError, match=rf"cannot read .*{name}\.parquet"):
+            ParquetSource(tmp_path / f"{name}.parquet").table()
+
+
+@pytest.mark.slow
+def test_hospitals_in_parquet_are_rows_of_the_same_contract(hospitals, tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    write_csv(hospitals["va"], tmp_path / "va.csv")
+    pandas.read_csv(tmp_path / "va.csv").to_parquet(tmp_path / "va.parquet")  # codes with a gap become floats
+    contract = load_contract("heart")
+    assert check(contract, ParquetSource(tmp_path / "va.parquet").table()) == check(contract, hospitals["va"])
+
+
+def test_parquet_without_its_extra_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match=r"fedtailor\[tables\]"):
+        ParquetSource(tmp_path / "va.parquet").table()
 
 
 def test_a_folder_holds_one_file_a_site(tmp_path):

@@ -113,7 +113,12 @@ def test_sites_that_fail_end_the_run(tmp_path):
     experiment = load(["study=heart", "privacy=none", "rounds=1", "quorum=4"])
     grid = LocalGrid(4)
     grid.pull_messages = lambda ids: [
-        SimpleNamespace(has_error=lambda: True, metadata=SimpleNamespace(reply_to_message_id=i)) for i in ids
+        SimpleNamespace(
+            has_error=lambda: True,
+            error=SimpleNamespace(reason="no data"),
+            metadata=SimpleNamespace(reply_to_message_id=i),
+        )
+        for i in ids
     ]
     with pytest.raises(ConfigError, match="quorum"):
         run(grid, experiment, tmp_path)

@@ -5,15 +5,18 @@ import torch
 from folk import CLIP, MODELS, B, K, S, assert_close, made, one_by_one, reference, started, world
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from torch import nn
 
+from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
 from fedtailor.client.safe_optimizer import quiet_hooks
-from fedtailor.recipe import Part
+from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import convolutions
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.folded import folded
+from fedtailor.simulations.stands import NotBatchable
 from fedtailor.strategy import Strategy, WeightedChange
 
 BOTH = pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
@@ -34,7 +37,7 @@ def test_a_block_is_its_clients_one_at_a_time(name, clip):
 
 
 @BOTH
-@pytest.mark.parametrize("name", ["conv1d", "conv2d"])
+@pytest.mark.parametrize("name", ["conv1d", "conv2d", "patches"])
 def test_grouped_convolutions_are_the_loop(name, clip, monkeypatch):
     """What a GPU does, done here."""
     monkeypatch.setattr(convolutions, "looped", lambda x: False)
@@ -145,6 +148,55 @@ def test_the_size_of_a_block_does_not_show(clip, together):
     assert_close(totals[0], totals[2])
 
 
+@pytest.mark.parametrize(
+    "settings", [{}, {"bias": False, "batch_first": True}, {"num_layers": 2, "bidirectional": True}], ids=str
+)
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM], ids=lambda kind: kind.__name__)
+def test_a_recurrent_layer_begins_with_nothing(kind, settings):
+    own = kind(3, 4, dtype=torch.double, **settings)
+    model = folded(Recipe("recurrent", None, lambda: own, None, None))
+    params = {
+        name: torch.stack([p.detach(), p.detach() + 0.1])
+        for name, p in kind(3, 4, dtype=torch.double, **settings).named_parameters()
+    }
+    x = torch.randn(2 * B, 5, 3, dtype=torch.double)
+    first = x if own.batch_first else x.transpose(0, 1)
+    found, ended = model.run(params, first, 2)
+    for client in range(2):
+        mine = x[client * B :][:B] if own.batch_first else x[client * B :][:B].transpose(0, 1)
+        expected, end = torch.func.functional_call(own, tree.at(params, client), (mine,))
+        part = found.unflatten(0 if own.batch_first else 1, (2, B)).select(0 if own.batch_first else 1, client)
+        torch.testing.assert_close(part, expected)
+        for one, other in zip(ended if kind is nn.LSTM else [ended], end if kind is nn.LSTM else [end], strict=True):
+            torch.testing.assert_close(one.unflatten(1, (2, B))[:, client], other)
+
+
+def test_what_a_recurrent_layer_cannot_be_batched_for():
+    with pytest.raises(NotBatchable, match="layer.weight_ih_l0: a parameter of LSTM with proj_size"):
+        folded(Recipe("projected", None, lambda: nn.ModuleDict({"layer": nn.LSTM(3, 4, proj_size=2)}), None, None))
+    packed = nn.utils.rnn.pack_sequence([torch.ones(3, 3), torch.ones(2, 3)])
+    model = folded(Recipe("packed", None, lambda: nn.GRU(3, 4), None, None))
+    with pytest.raises(NotBatchable, match="GRU: not a batch of sequences of one length"):
+        model.run({}, packed, 2)
+
+
+@pytest.mark.parametrize("innermost", [True, False])
+def test_images_lie_as_the_model_bears_it(innermost):
+    """The run that a view ended has drawn nothing."""
+    recipe, inputs = made("viewed" if not innermost else "patches")
+    model = folded(recipe)
+    params = tree.at(recipes.initial(recipe, 0), None)
+    if not innermost:
+        model.module.dropout.p = 0.5
+    model.tape.seed = torch.arange(K)
+    x = inputs(torch.Generator().manual_seed(0), K * B)
+    first = model.run(params, x, K)
+    assert model.tape.arranged == innermost
+    assert model.tape.calls[0].given.is_contiguous() != innermost and len(model.tape.calls) == 2 + innermost
+    model.tape.arranged, model.tape.draws = False, 0
+    torch.testing.assert_close(model.run(params, x, K), first, rtol=1e-12, atol=1e-12)
+
+
 def test_dropout_differs_by_client_layer_and_step_and_not_by_padding():
     recipe, _ = made("dropout")
     model = folded(recipe)
@@ -165,7 +217,7 @@ GRADIENT = Strategy(
 )
 
 
-@pytest.mark.parametrize("name", ["mlp", "text unpadded", "conv2d", "sequence", "long sequence"])
+@pytest.mark.parametrize("name", ["mlp", "text unpadded", "conv2d", "patches", "sequence", "long sequence"])
 def test_the_sum_of_clipped_gradients_is_opacus(name):
     """One step without noise, lr and scale 1: the change is the sum of the clipped gradients."""
     recipe, inputs = made(name)

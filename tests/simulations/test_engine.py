@@ -94,11 +94,15 @@ def test_a_round_without_clients_is_refused(world):
         )
 
 
-FULL = ["CUDA out of memory. Tried to allocate 2 GiB", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+FULL = ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`", "DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
         "DefaultCPUAllocator: not enough memory: you tried to allocate 9"]  # fmt: skip
 
 
-@pytest.mark.parametrize("error", [*map(RuntimeError, FULL), MemoryError()], ids=[*FULL, "MemoryError"])
+@pytest.mark.parametrize(
+    "error",
+    [*map(RuntimeError, FULL), MemoryError(), torch.OutOfMemoryError("of a GPU")],
+    ids=[*FULL, "MemoryError", "of a GPU"],
+)
 def test_a_block_that_does_not_fit_is_halved_and_so_are_the_next(world, error):
     params, batches, live, counts = world
     strategy = strategies.scaffold(population=K)

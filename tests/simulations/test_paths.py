@@ -87,7 +87,7 @@ UNFIT = {
     "0: BatchNorm1d mixes": lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)),
     "does the model mix examples": Centred,
     "outer: its output is changed in place": InPlace,
-    "AttributeError: '_Stand' object has no attribute 'weight'": Tied,
+    "AttributeError: 'Stand' object has no attribute 'weight'": Tied,
     "two.weight: the same parameter as one of one": Twins,
     "draws random numbers": Lucky,
     "0.in_proj_weight: a parameter of MultiheadAttention": lambda: nn.Sequential(
@@ -121,6 +121,24 @@ def test_a_model_without_a_batched_form_falls_back_and_says_why(why):
     assert way.path == "vmap" and why in way.why
     with pytest.raises(ConfigError, match="simulation.path: block, but .*auto falls back on vmap"):
         choose("block", made_up, first_round(made_up.recipe))
+
+
+class Last(nn.Module):
+    """Torch cannot tell its examples' gradients apart: it begins with nothing, in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.LSTM(6, 4, batch_first=True), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x[:, None])[0][:, 0])
+
+
+def test_a_model_that_nothing_vouches_for_is_refused():
+    made_up = task(Last, CLIP)
+    with pytest.raises(ConfigError, match="recipe: not even one client .* examples' gradients apart .*privacy=none"):
+        choose("auto", made_up, first_round(made_up.recipe, CLIP))
+    assert choose("auto", task(Last), first_round(made_up.recipe)).path == "block"
 
 
 @pytest.mark.parametrize("model", [Scaled, Twins, InPlace, Tied])

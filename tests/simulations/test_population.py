@@ -59,7 +59,8 @@ def test_blocks_and_ways_do_not_show(plan, sources, partition):
     for how in ({"block": 1}, {"block": 7}, {"path": "vmap"}, {"path": "loop"}):
         equal(params, simulate(made, sources, population=people(partition), **how)[1])
     told = {"partition": partition, "clients": 20, "cohort": 6, **OPTIONS[partition]}
-    assert result.population == told | {"dropout": 0.0, "step_s": None, "step_spread": 0.0}
+    rest = {"answers": None, "dropout": 0.0, "step_s": None, "step_spread": 0.0, "devices": None, "availability": None}
+    assert result.population == told | rest
     assert set(result.sites) == set(made.sites) and result.metrics["local_only"] == {}
 
 
@@ -246,8 +247,12 @@ def test_what_is_for_sites_is_refused(plan, sources):
         simulate(
             plan(), sources, population=of, policies={"north": Policy(studies=("made-up",), epsilon=1, delta=1e-4)}
         )
-    with pytest.raises(ConfigError, match="buffer: a population's rounds wait"):
+    with pytest.raises(ConfigError, match="buffer: the population has no clock; give population.step_s"):
         simulate(plan(buffer={"answers": 2}, quorum=1), sources, population=of)
+    with pytest.raises(ConfigError, match="population.answers: 2, but the plan's rounds wait"):
+        simulate(plan(), sources, population=people(answers=2))
+    with pytest.raises(ConfigError, match="population.answers: 21 answers close a round, more than all 20 clients"):
+        simulate(plan(buffer={"answers": 2}, quorum=1), sources, population=people(answers=21, step_s=1.0))
     local = {"steps": 2, "rate": 0.4, "lr": 0.3, "within_s": 3.0}
     with pytest.raises(ConfigError, match="local.within_s: the population has no clock; give population.step_s"):
         simulate(plan(local=local), sources, population=of)

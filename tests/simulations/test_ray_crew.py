@@ -31,7 +31,7 @@ from fedtailor.simulations.setting import prepare
 
 QUIET = {"evaluation": {"baseline": False}}
 HOW = {"block": 64, "path": "auto", "policies": None, "step_s": None, "population": None}
-DUTY = Duty("{}", None, "block", 64, False, True, 1)
+DUTY = Duty("{}", None, "block", 64, False, True, 1, "cpu", "float32", False)
 ROWS = Part(torch.zeros(1, 1), torch.zeros(1))
 
 

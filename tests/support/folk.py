@@ -65,6 +65,42 @@ def conv2d():
     )  # fmt: skip
 
 
+def patches():
+    return nn.Sequential(
+        nn.Conv2d(2, 4, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2)), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(4, 5, 1, bias=False), nn.Flatten(), nn.Linear(30, 3),
+    )  # fmt: skip
+
+
+class Viewed(nn.Module):
+    """Its view bears no image whose channels lie innermost."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolution, self.dropout, self.linear = nn.Conv2d(2, 4, 3), nn.Dropout(0.0), nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.linear(self.dropout(self.convolution(x).relu()).view(len(x), -1))
+
+
+class Sequences(nn.Module):
+    """A recurrent layer between two linear ones, one of which says where it begins."""
+
+    def __init__(self, kind, **settings):
+        super().__init__()
+        self.begin, self.layer = nn.Linear(3, 4), kind(3, 4, **settings)
+        self.head = nn.Linear(4 * (1 + self.layer.bidirectional), 3)
+
+    def forward(self, x):
+        number = self.layer.num_layers * (1 + self.layer.bidirectional)
+        first = self.begin(x[:, 0]).expand(number, -1, -1)
+        begin = (first, first.tanh()) if self.layer.mode == "LSTM" else first
+        shown, end = self.layer(x if self.layer.batch_first else x.transpose(0, 1), begin)
+        end = end[0] + end[1] if isinstance(end, tuple) else end
+        last = shown[:, -1] if self.layer.batch_first else shown[-1]
+        return self.head(last) + end.sum(0) @ torch.eye(4, 3, dtype=x.dtype)
+
+
 def numbers(*shape):
     return lambda rng, *leading: torch.randn(*leading, *shape, generator=rng, dtype=torch.double)
 
@@ -88,9 +124,16 @@ MODELS = {
     "twice": (Twice, numbers(6)),
     "conv1d": (conv1d, numbers(2, 6)),
     "conv2d": (conv2d, numbers(2, 6, 6)),
+    "patches": (patches, numbers(2, 7, 9)),
+    "viewed": (Viewed, numbers(2, 6, 6)),
 }
 
 
+MODELS |= {
+    "rnn": (lambda: Sequences(nn.RNN, nonlinearity="relu"), numbers(3, 3)),
+    "gru": (lambda: Sequences(nn.GRU, num_layers=2), numbers(3, 3)),
+    "lstm": (lambda: Sequences(nn.LSTM, batch_first=True, bidirectional=True, num_layers=2), numbers(3, 3)),
+}
 OTHERS = {"wide": (WIDE, numbers(300)), "wide twice": (Wide, numbers(300)), "dropout": (DROPS, numbers(6)),
           "text unpadded": (lambda: Text(None), tokens)}  # fmt: skip
 

@@ -1,0 +1,99 @@
+"""What stands in a model for its layers: each client's weights instead of one's own, and a tape of what they did."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from fedtailor import seeds
+from fedtailor.simulations import convolutions
+from fedtailor.simulations.convolutions import CONVOLUTION
+from fedtailor.simulations.layers import Kind
+from fedtailor.tree import Params
+
+
+class NotBatchable(Exception):
+    """This model cannot run clients folded into the batch axis; the message says why."""
+
+
+class Layer(NamedTuple):
+    """A layer with parameters, by its name in the model."""
+
+    name: str
+    module: Any
+    kind: Kind
+    names: tuple[tuple[str, str], ...]  # of its parameters: its own, and the model's
+
+    def own(self, params: Params) -> Params:
+        """Its part of ``params``, by its own names."""
+        return {name: params[full] for name, full in self.names}
+
+    def named(self, own: Params) -> Params:
+        """The inverse of :meth:`own`."""
+        names = dict(self.names)
+        return {names[name]: value for name, value in own.items()}
+
+    def full(self, name: str) -> str:
+        """A parameter's name in the model."""
+        return dict(self.names)[name]
+
+
+class Call(NamedTuple):
+    """One use of a layer in a forward pass."""
+
+    layer: Layer
+    given: Tensor
+    output: Tensor
+    version: int  # of the output, before anything could change it in place
+
+
+@dataclass
+class Tape:
+    """What one forward pass of a block is told, and what it leaves behind."""
+
+    clients: int = 0
+    params: Params = field(default_factory=dict)
+    calls: list[Call] = field(default_factory=list)
+    seed: Tensor | None = None  # [K]: each client's, for dropout
+    draws: int = 0  # dropouts so far
+    careful: bool = False  # whether examples' gradients are measured in float64 from the start
+    odd: Tensor | None = None  # []: not finite, where a length was not and nobody has looked
+    arranged: bool = (
+        True  # whether images may lie with their channels innermost; a model that uses view needs them outermost
+    )
+
+
+class Stand(nn.Module):
+    """Stands in the model for a layer whose weights are each client's."""
+
+    def __init__(self, layer: Layer, tape: Tape) -> None:
+        super().__init__()
+        self.run = layer, tape  # a tuple, so that the layer is not a child
+
+    def forward(self, x: Tensor) -> Tensor:
+        layer, tape = self.run
+        x = convolutions.arranged(x) if tape.arranged and layer.kind is CONVOLUTION else x
+        z, given = layer.kind.forward(layer.module, layer.own(tape.params), x, tape.clients)
+        z = z if z.requires_grad else z.requires_grad_()
+        tape.calls.append(Call(layer, given, z, z._version))
+        return z
+
+
+class Dropout(nn.Module):
+    """Dropout whose choices are keyed by client, step and example: neither the block nor its padding shows."""
+
+    def __init__(self, p: float, tape: Tape) -> None:
+        super().__init__()
+        self.p, self.tape = p, tape
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.p == 0:
+            return x
+        if self.tape.seed is None:
+            raise NotBatchable("dropout needs a seed of each client, and the batches have none")
+        count, self.tape.draws = x.numel() // self.tape.clients, self.tape.draws + 1
+        drawn = seeds.uniform(self.tape.seed[:, None] ^ _DROPOUT, count, self.tape.draws << 40)
+        return x * ((drawn >= self.p).view(x.shape).to(x.dtype) / max(1 - self.p, 1e-12))
+
+
+_DROPOUT = int.from_bytes(b"dropout", "little")  # a strategy's own choices go by the same seed, and must not be these
