@@ -1,6 +1,7 @@
 """Workers that Ray places: they give what one process gives, speak no pickle, and leave nothing behind."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -225,7 +226,8 @@ def test_it_ends_with_a_process_that_is_killed(tmp_path):
 
 @by_ray
 def test_a_cluster_is_left_as_it_was(plan, sources, monkeypatch):
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on loopback
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+        monkeypatch.setenv(name, value)  # as its ports are open to others
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     port, folder, machines = free_port(), tempfile.mkdtemp(prefix="t-"), []
     made, threads = plan(**QUIET), torch.get_num_threads()
@@ -233,7 +235,8 @@ def test_a_cluster_is_left_as_it_was(plan, sources, monkeypatch):
 
     def machine(*options):
         """One with a single CPU, as a person starts it."""
-        command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block", "--num-cpus=1"]
+        ray = "from ray.scripts.scripts import main; main()"
+        command = [sys.executable, "-c", ray, "start", "--block", "--num-cpus=1"]
         log = Path(folder, f"{len(machines)}.log")
         with log.open("wb") as out:
             machines.append(subprocess.Popen([*command, *options], stdout=out, stderr=out, start_new_session=True))
