@@ -8,7 +8,6 @@ which speaks JSON lines and ends with this one, however this one ends. See docs/
 import importlib.util
 import json
 import os
-import secrets
 import signal
 import subprocess
 import sys
@@ -23,6 +22,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from fedtailor import store
+from fedtailor.airgap import ray_of_our_own
 from fedtailor.config import Simulation, build
 from fedtailor.errors import ConfigError, ConnectionFailed, ContractError, FedtailorError, RefusedError, StoreError
 from fedtailor.recipe import Recipe
@@ -106,7 +106,6 @@ def check(plan: Plan, simulation: Simulation) -> None:
             "simulation.precision=float32",
         ),
         "simulation.ray": (simulation.ray is not None, "it starts a Ray of its own", "simulation.ray=null"),
-        "simulation.workers": (simulation.workers > 1, "each node is a process", "simulation.workers=1"),
         "buffer": (plan.buffer is not None, "its rounds wait for all sites", "buffer=null"),
         "local.within_s": (
             plan.local.within_s is not None,
@@ -138,12 +137,10 @@ def _process(scratch: Path, threads: int | None) -> Iterator[subprocess.Popen[by
     It is first in a session of its own, with Ray's processes, which would not all end with it: no Ctrl-C reaches them, and
     all are killed at once.
     """
-    environment = os.environ | {
+    environment = os.environ | ray_of_our_own()
+    environment |= {
         "TMPDIR": str(scratch),
         "FLWR_HOME": str(scratch / "flwr"),  # else ~/.flwr
-        "RAY_AUTH_MODE": "token",  # else whoever has an account on this machine could run code as this one
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on Linux too: it listens on loopback only
         "OMP_NUM_THREADS": str(threads or 1),
     }
     command = [sys.executable, "-P", "-m", "fedtailor.cli.virtual_nodes", str(scratch)]

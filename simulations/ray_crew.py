@@ -6,7 +6,6 @@ read; see docs/adr/0018. To whoever simulates it is all processes of a crew at o
 
 import os
 import re
-import secrets
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from io import BytesIO
 
+from fedtailor.airgap import ray_of_our_own
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part
 from fedtailor.simulations.crew import Crew, Duty, begun, receive, send, tried
@@ -23,10 +23,6 @@ from fedtailor.tree import Tree
 LOCAL = "local"  # the address that stands for a Ray of its own
 ADDRESS = re.compile(r"local|auto|[^/\s]+:\d{1,5}")
 GRACE_S = 30.0  # for Ray to end what it started
-QUIET = {  # Ray's own switches, read when it is imported
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a worker without a share of a GPU sees what it would see without Ray
-}
 
 
 class Worker:
@@ -95,7 +91,7 @@ def ray_crew(workers: int, duty: Duty, rows: Part, address: str, gpus: float = 0
             [sys.executable, "-P", "-m", "fedtailor.simulations.ray_driver"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=os.environ | QUIET | (_alone() if address == LOCAL else {}),
+            env=os.environ | (ray_of_our_own() if address == LOCAL else {}),
             start_new_session=True,  # an interrupt is for this process, which then tells that one
         )
         started.processes = [process] * workers
@@ -106,15 +102,6 @@ def ray_crew(workers: int, duty: Duty, rows: Part, address: str, gpus: float = 0
             yield started
         finally:
             _end(process)
-
-
-def _alone() -> dict[str, str]:
-    """A Ray that nobody else talks to: on loopback, where other people of this machine come too, and lack the token."""
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray to loopback there keeps it to loopback here
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-    }
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -107,7 +107,7 @@ def place(how: dict[str, Any], asked: IO[bytes]) -> list[Any]:
     """Actors that run, on as many machines as there are.
 
     Raises:
-        ConfigError: if there is no place for all of them, or something else is installed where they are.
+        ConfigError: if there is no place for all of them, at once or after a while, or something else is installed where they are.
         EOFError: if nobody waits for them any more.
     """
     import ray
@@ -125,9 +125,9 @@ def place(how: dict[str, Any], asked: IO[bytes]) -> list[Any]:
         done, late = ray.wait(waiting, num_returns=count, timeout=1)
     if late:
         raise ConfigError(
-            f"simulation.workers: there is no place for {len(late)} of {count} workers that ask for {needs['CPU']} CPUs "
-            f"(simulation.threads) and {needs['GPU']:g} GPUs (simulation.gpus) each; Ray has {there.get('CPU', 0):g} and "
-            f"{there.get('GPU', 0):g}, less what others use: ask for less, or add machines with: ray start --address=…"
+            f"simulation.workers: there is no place for {count} that ask for {needs['CPU']} CPUs (simulation.threads) and "
+            f"{needs['GPU']:g} GPUs (simulation.gpus) each; Ray has {there.get('CPU', 0):g} and {there.get('GPU', 0):g}, "
+            "less what others use: ask for less, or add machines with: ray start --address=…"
         )
     try:
         agree(ray.get(done))

@@ -7,7 +7,6 @@ imported when its launcher is chosen.
 import json
 import math
 import os
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,6 +16,7 @@ from tempfile import TemporaryDirectory
 from threading import Thread
 from typing import Any, NamedTuple
 
+from fedtailor.airgap import ray_of_our_own
 from fedtailor.errors import ConfigError
 
 Work = Callable[[list[str], str, bool], str | None]  # Task -> None, or why it failed
@@ -107,11 +107,10 @@ def by_ray(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[str,
     A task whose process is killed is begun once more.
     """
     jobs = at_once(tasks, room)
-    environment = ALONE | {"RAY_AUTH_TOKEN": secrets.token_hex(32)}
     with (
         TemporaryDirectory(prefix="ray-", ignore_cleanup_errors=True) as folder,
         threads_each(jobs),
-        settings(environment),  # which Ray reads when it is imported
+        settings(ray_of_our_own()),  # which Ray reads when it is imported
     ):
         try:
             import ray
@@ -142,14 +141,6 @@ def by_ray(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[str,
                 yield under_way.pop(done), _answer(partial(ray.get, done))
         finally:
             ray.shutdown()
-
-
-ALONE = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # what keeps Ray to loopback there keeps it to loopback here
-    "RAY_AUTH_MODE": "token",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-}
 
 
 def by_submitit(work: Work, tasks: Sequence[Task], room: Room) -> Iterator[tuple[str, str | None]]:

@@ -1,6 +1,7 @@
 """Workers that Ray places: they give what one process gives, speak no pickle, and leave nothing behind."""
 
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -225,28 +226,37 @@ def test_it_ends_with_a_process_that_is_killed(tmp_path):
 
 @by_ray
 def test_a_cluster_is_left_as_it_was(plan, sources, monkeypatch):
-    monkeypatch.setenv("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")  # on loopback
-    port, folder = free_port(), tempfile.mkdtemp(prefix="ray-")
-    head = ["--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}"]
-    command = [sys.executable, "-c", "from ray.scripts.scripts import main; main()", "start", "--block", "--num-cpus=1"]
-    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "start_new_session": True}
-    machines = [subprocess.Popen([*command, *head], **quiet)]
-    made, torch_before = plan(**QUIET), torch.get_num_threads()
+    for name, value in {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}.items():
+        monkeypatch.setenv(name, value)  # as its ports are open to others
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    port, folder, machines = free_port(), tempfile.mkdtemp(prefix="t-"), []
+    made, threads = plan(**QUIET), torch.get_num_threads()
     torch.set_num_threads(1)
+
+    def machine(*options):
+        """One with a single CPU, as a person starts it."""
+        ray = "from ray.scripts.scripts import main; main()"
+        command = [sys.executable, "-c", ray, "start", "--block", "--num-cpus=1"]
+        log = Path(folder, f"{len(machines)}.log")
+        with log.open("wb") as out:
+            machines.append(subprocess.Popen([*command, *options], stdout=out, stderr=out, start_new_session=True))
+        until(lambda: machines[-1].poll() is not None or b"Ray runtime started" in log.read_bytes(), 200)
+        assert machines[-1].poll() is None, log.read_text()
+
     try:
-        until(lambda: answers(port) or machines[0].poll() is not None)
-        machines.append(subprocess.Popen([*command, f"--address=127.0.0.1:{port}"], **quiet))
+        machine("--head", f"--port={port}", "--include-dashboard=false", f"--temp-dir={folder}/r")
+        machine(f"--address=127.0.0.1:{port}")
         equal(simulate(made, sources)[1], simulate(made, sources, workers=2, ray=f"127.0.0.1:{port}")[1])
         for ask in ({"workers": 3}, {"workers": 1, "gpus": 1.0}):
-            with pytest.raises(ConfigError, match=r"there is no place for [13] of [13] workers that ask for 1 CPUs"):
+            with pytest.raises(ConfigError, match="there is no place for [13] that ask for 1 CPUs"):
                 simulate(made, sources, ray=f"127.0.0.1:{port}", **ask)
-        assert [machine.poll() for machine in machines] == [None, None] and answers(port)
+        assert [each.poll() for each in machines] == [None, None] and answers(port)
     finally:
-        torch.set_num_threads(torch_before)
-        for machine in machines:
-            for pid in of_session(machine.pid):
+        torch.set_num_threads(threads)
+        for each in machines:
+            for pid in of_session(each.pid):
                 os.kill(pid, signal.SIGKILL)
-            machine.wait()
+            each.wait()
         shutil.rmtree(folder, ignore_errors=True)
     with pytest.raises(ConnectionFailed, match="no Ray cluster can be joined at 127.0.0.1:.*ray start --head"):
         simulate(made, sources, ray=f"127.0.0.1:{port}")
