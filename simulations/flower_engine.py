@@ -106,7 +106,6 @@ def check(plan: Plan, simulation: Simulation) -> None:
             "simulation.precision=float32",
         ),
         "simulation.ray": (simulation.ray is not None, "it starts a Ray of its own", "simulation.ray=null"),
-        "simulation.workers": (simulation.workers > 1, "each node is a process", "simulation.workers=1"),
         "buffer": (plan.buffer is not None, "its rounds wait for all sites", "buffer=null"),
         "local.within_s": (
             plan.local.within_s is not None,

@@ -150,7 +150,7 @@ def prepare(
     large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
     together = gate is None and plan.buffer is None and large
     clip = None if plan.record is None else plan.record.clip
-    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together, precision == "bf16")
+    task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together)._replace(half=precision == "bf16")
     if graphs:
         task = task._replace(replay=replaying(on, lambda why: on_event({"kind": "graphs", "why": why})))
     trial = next((r for r in range(TRIES) if clients.asked(r)), None)

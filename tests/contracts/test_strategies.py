@@ -9,8 +9,7 @@ import torch
 from forms import private_forms
 from pydantic import TypeAdapter, ValidationError
 from safetensors import torch as files
-from strays import OTHER, elsewhere_by_default
-from torch import Tensor
+from seven import K, World, losses
 
 from fedtailor import STACK, Strategy, tree
 from fedtailor.config import build, choices, load
@@ -28,36 +27,6 @@ FACTORIES = {name: locate(spec.target) for name, spec in SPECS.items()}
 SHIPPED = {name: build(spec, Strategy) for name, spec in SPECS.items()}
 PRIVATE = private_forms(SHIPPED)
 ALL = SHIPPED | PRIVATE
-K, S, B, D = 7, 5, 4, 3
-
-
-def losses(params: Tree, x: Tensor, y: Tensor) -> Tensor:
-    return (x @ params["w"] + params["norm.head"] - y).square()
-
-
-class World:
-    """Seven clients of different sizes that take one to five steps on batches of one to four examples."""
-
-    def __init__(self, seed: int = 0) -> None:
-        rng = torch.Generator().manual_seed(seed)
-        self.params = {"w": torch.randn(D, generator=rng), "norm.head": torch.zeros(())}
-        self.counts = torch.randint(2, 50, (K,), generator=rng).float()
-        self.live = (torch.arange(S) < torch.randint(1, S + 1, (K, 1), generator=rng)).float()
-        self.batches = {
-            "x": torch.randn(K, S, B, D, generator=rng),
-            "y": torch.randn(K, S, B, generator=rng),
-            "live": (torch.arange(B) < torch.randint(1, B + 1, (K, S, 1), generator=rng)).float(),
-            "scale": torch.full((K, S), 1 / B),
-            "seed": torch.randint(2**62, (K, 1), generator=rng).expand(K, S),
-        }
-        self.order = torch.randperm(K, generator=rng).tolist()
-
-    def start(self, strategy: Strategy) -> tuple[Tree, list[Tree]]:
-        return strategy.init(self.params), [strategy.remember(self.params) for _ in range(K)]
-
-    def reply(self, strategy: Strategy, cast: Tree, memory: Tree, k: int) -> tuple[Tree, Tree]:
-        train = local_train(plain(losses), strategy, 0.05, losses)
-        return train(cast, memory, tree.at(self.batches, k), self.live[k], self.counts[k])
 
 
 def ended(cast: Tree, memory: Tree, params: Tree) -> Local:
@@ -297,14 +266,3 @@ def test_a_loss_does_not_leave_under_record_level_privacy(name: str) -> None:
 def test_an_unknown_argument_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"{name}: momentun"):
         build(with_arguments(name, momentun=0.9), Strategy)
-
-
-@pytest.mark.parametrize("name", [name for name, strategy in SHIPPED.items() if strategy.reduce.is_sum])
-def test_a_round_of_one_that_sums_makes_nothing_on_another_device(name):
-    """Its state lies on a GPU, where there is one: see fedtailor.simulations.hardware."""
-    strategy, world = SHIPPED[name], World()
-    many = vmapped(local_train(plain(losses), strategy, 0.05, losses))
-    state, memories = world.start(strategy)
-    given = strategy, many, state, tree.stack(memories), world.batches, world.live, world.counts, 1
-    found = elsewhere_by_default(lambda: simulate_round(*given))
-    assert not any(x.device == OTHER for each in found for x in tree.leaves(each))

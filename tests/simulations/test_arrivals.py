@@ -174,14 +174,16 @@ def test_a_client_begins_once_in_a_round(plan, sources):
     """Eight clients, of whom four train at any time and who are drawn anew all the time."""
     made = plan(**FIELDS, buffer={"answers": 3})
     of = people(clients=8, cohort=4, answers=6, step_spread=1.5)
-    study, clock, again = ready(made, sources, of), Clock(0.0), 0
+    study, clock, seen, again = ready(made, sources, of), Clock(0.0), set(), 0
     for round in range(20):
         going = study.clients.flow(round, clock)
-        assert len(set(going.begun)) == len(going.begun) and len(going.came) == 6
-        came = [one.client for one in going.came]
-        assert all(came.count(k) <= 2 for k in came), "one it was busy with and one of this round's model"
-        again += len(came) - len(set(came))
+        assert len(going.came) == 6
+        for one in going.came:  # at most one it was busy with, and one of this round's model
+            assert (one.client, one.round) not in seen, "its second answer would be its first again"
+            seen.add((one.client, one.round))
+        again += 6 - len({one.client for one in going.came})
         clock = going.clock
+        assert len(clock.coming) == len({one.client for one in clock.coming}), "who trains does not begin"
     assert again > 0
 
 

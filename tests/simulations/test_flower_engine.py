@@ -30,7 +30,6 @@ REFUSED = {  # changes of the plan, of the simulation
     "simulation.device": ({}, {"device": "cuda"}),
     "simulation.precision": ({}, {"precision": "bf16"}),
     "simulation.ray": ({}, {"ray": "local"}),
-    "simulation.workers": ({}, {"workers": 2}),
     "local.within_s": ({"local": {"steps": 4, "rate": 0.5, "lr": 0.5, "within_s": 5}}, {}),
 }
 
