@@ -195,6 +195,7 @@ def test_a_ray_of_its_own_is_alone_and_leaves_nothing(plan, sources, monkeypatch
                 said = dict(item.split(b"=", 1) for item in environment(pid) if b"=" in item)
                 assert said[b"RAY_USAGE_STATS_ENABLED"] == b"0" and said[b"RAY_AUTH_MODE"] == b"token"
             assert [folder.stat().st_mode & 0o777 for folder in Path(short).glob("ray-*")] == [0o700]
+            assert list(Path(short).glob("ray-*/r/session_*/sockets")), "what Ray opens to everybody lies in it"
             running.many({"params": {"layers.head.bias": torch.zeros(1)}}, *given)
     assert running.processes[0].returncode == 0 and not list(Path(short).glob("ray-*"))
     until(lambda: not of_session(driver))
