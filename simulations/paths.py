@@ -25,7 +25,7 @@ from fedtailor.strategy import Strategy, WeightedChange
 from fedtailor.training import clipped, local_train, plain
 from fedtailor.tree import Params, Tree
 
-CACHE = 5 << 19  # bytes of clients' own weights at once: more leave a processor's cache between a step and the next
+CACHE = 3 << 21  # bytes of clients' own weights at once: more leave a processor's caches between a step and the next
 
 
 class Task(NamedTuple):

@@ -36,7 +36,7 @@ def equal(one, other):
     assert {s: r.bytes_sent for s, r in a.sites.items()} == {s: r.bytes_sent for s, r in b.sites.items()}
 
 
-FIRST = ("a sum", "memories", "record-level")  # the others are tried by `make test-slow`
+FIRST = ("a sum", "record-level")  # the others are tried by `make test-slow`
 
 
 @pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PLANS])
@@ -45,7 +45,8 @@ def test_two_give_what_one_gives(plan, sources, name):
     equal(simulate(made, sources), simulate(made, sources, workers=2))
 
 
-@pytest.mark.parametrize("block", [pytest.param(1, marks=pytest.mark.slow), 7])
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [1, 7])
 def test_a_population_in_blocks_of_any_size_by_more_processes_than_clients_too(plan, sources, block):
     made = plan(**QUIET, strategy={"_target_": "fedtailor.strategies.scaffold", "population": 40})
     of = Population(partition="dirichlet_split", clients=40, cohort=9, alpha=1.0)
@@ -56,6 +57,7 @@ def test_a_population_in_blocks_of_any_size_by_more_processes_than_clients_too(p
     equal(simulate(two, sources, population=few), simulate(two, sources, population=few, workers=2))
 
 
+@pytest.mark.slow
 def test_rules_see_every_sites_answer(plan, sources):
     made = plan(**QUIET, quorum=2, norm=50.0)
     rules = dict.fromkeys(made.sites, Policy(studies=("made-up",), epsilon=9.0, delta=1e-3, without_privacy=True))
@@ -64,6 +66,7 @@ def test_rules_see_every_sites_answer(plan, sources):
     assert [d["site"] for d in together[0].dropped] == ["west"] == [d["site"] for d in alone[0].dropped]
 
 
+@pytest.mark.slow
 def test_a_run_of_two_goes_on_from_its_checkpoint(plan, sources, tmp_path):
     at = {"checkpoint": tmp_path / "checkpoint", "every_s": 0.0, "workers": 2}
     whole = simulate(plan(**QUIET), sources, workers=2)[1]

@@ -52,7 +52,7 @@ def same(one, other):
     return [r.model_dump(mode="json", exclude={"timing"}) for r in (one, other)]
 
 
-FIRST = ("a memory at each site", "record-level", "site-level", "answers on their way")  # others: `make test-slow`
+FIRST = ("a memory at each site", "record-level")  # others: `make test-slow`
 
 
 @pytest.mark.parametrize("name", [n if n in FIRST else pytest.param(n, marks=pytest.mark.slow) for n in PLANS])
@@ -140,6 +140,7 @@ def test_kill_9_and_resume_on_the_command_line(tmp_path):
     assert not (cut / "checkpoint.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch):
     words = ["simulate", *WORDS[:2], "evaluation.baseline=false", "-m", "rounds=1,2", "--out", str(tmp_path), "--json"]
     assert CliRunner().invoke(app, words).exit_code == 0
