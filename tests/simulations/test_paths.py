@@ -191,7 +191,7 @@ def test_a_simulation_says_which_way_it_takes(plan, sources):
 
 
 @pytest.mark.parametrize("privacy", [None, {"epsilon": 3.0, "delta": 1e-4, "clip": 1.0}])
-@pytest.mark.parametrize("strategy", ["fedavg", "ditto"])
+@pytest.mark.parametrize("strategy", ["fedavg", pytest.param("ditto", marks=pytest.mark.slow)])
 def test_the_way_does_not_show(plan, sources, strategy, privacy):
     made_up = plan(strategy={"_target_": f"fedtailor.strategies.{strategy}"}, privacy=privacy)
     ends = {path: simulate(made_up, sources, path=path)[1] for path in ("block", "vmap", "loop")}
