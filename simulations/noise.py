@@ -7,6 +7,7 @@ distribution, scaled to variance 1. The values repeat on every machine, depend o
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,20 +26,26 @@ EACH = 8  # values of one block of the cipher
 
 
 def seeded(like: Tree, std: float) -> Noise:
-    """Noise of deviation ``std`` for all parameters of ``like``: one stream a client. A step's is overwritten by the next's."""
+    """Noise of deviation ``std`` for all parameters of ``like``: one stream a client. A step's is overwritten by the next's.
+
+    Its buffers outlive a round, because to ask the system for such anew takes longer than to fill them.
+    """
     total, dtype = sum(p.numel() for p in tree.leaves(like)), tree.leaves(like)[0].dtype
     device = tree.leaves(like)[0].device
     exact = dtype == torch.double
+    rooms = dict[tuple[int, int], tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[Any]]]()
 
     def noise(numbers: Tensor, steps: int) -> Iterator[Tensor]:
         at_once = steps if total * steps <= AT_ONCE else 1
         blocks = -(-at_once * total // EACH)
         table = _quantiles(std) if exact else _quantiles(std).astype(np.float32)
         cipher = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor()  # noqa: S305  # no block comes twice
-        plain = np.empty((len(numbers), blocks, 2), np.int64)
+        if (size := (len(numbers), blocks)) not in rooms:
+            rooms.clear()  # of a block of another size
+            plain = np.empty((*size, 2), np.int64)
+            rooms[size] = plain, np.empty(plain.nbytes + 15, np.uint8), np.empty((size[0], blocks * EACH), table.dtype)
+        plain, bits, drawn = rooms[size]
         plain[..., 0] = numbers.numpy(force=True)[:, None]
-        bits = np.empty(plain.nbytes + 15, np.uint8)
-        drawn = np.empty((len(numbers), blocks * EACH), table.dtype)
         for step in range(steps):
             if step % at_once == 0:
                 plain[..., 1] = np.arange(step * blocks, (step + 1) * blocks)
