@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from interrupt import interrupted_after
 from scipy import stats
 
 from fedtailor import tree
@@ -155,14 +156,9 @@ def test_a_run_goes_on_from_its_checkpoint(plan, sources, tmp_path, privacy):
     made = plan(**FIELDS, privacy=privacy, rounds=6, buffer={"answers": 3, "oldest": 1})
     of = people(cohort=8, dropout=0.2, step_spread=1.2)
     whole, params = simulate(made, sources, population=of)
-
-    def stop(event):
-        if event["kind"] == "round" and event["round"] == 3:
-            raise KeyboardInterrupt
-
     at = {"checkpoint": tmp_path / "checkpoint", "every_s": 0.0, "population": of}
     with pytest.raises(KeyboardInterrupt):
-        simulate(made, sources, **at, on_event=stop)
+        simulate(made, sources, **at, on_event=interrupted_after(3))
     again, same = simulate(made, sources, **at, resume=True)
     assert model_bytes(same) == model_bytes(params) and again.timing.virtual_s == whole.timing.virtual_s
     assert again.dropped == whole.dropped and {one["site"][:7] for one in whole.dropped} == {"client "}

@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+from interrupt import interrupted_after
 
 from fedtailor import store, tree
 from fedtailor.config import load
@@ -188,18 +189,13 @@ def test_a_run_goes_on_from_its_checkpoint(plan, sources, file, tmp_path):
     made = plan(**FIELDS, rounds=4, buffer={"answers": 3})
     of = people(clients=20, cohort=6, **traces)
     whole, params = simulate(made, sources, population=of)
-
-    def stop(event):
-        if event["kind"] == "round" and event["round"] == 2:
-            raise KeyboardInterrupt
-
     at = {"checkpoint": tmp_path / "checkpoint", "every_s": 0.0, "population": of}
     with pytest.raises(KeyboardInterrupt):
-        simulate(made, sources, **at, on_event=stop)
+        simulate(made, sources, **at, on_event=interrupted_after(2))
     again, same = simulate(made, sources, **at, resume=True)
     assert model_bytes(same) == model_bytes(params) and again.timing.virtual_s == whole.timing.virtual_s
     with pytest.raises(KeyboardInterrupt):
-        simulate(made, sources, **at, on_event=stop)
+        simulate(made, sources, **at, on_event=interrupted_after(2))
     file({"step_s": [1, 2, 4], "up_kbps": [9, 90, 900]}, "d")
     with pytest.raises(ConfigError, match="other settings or other data"):
         simulate(made, sources, **at, resume=True)
