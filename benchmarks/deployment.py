@@ -126,7 +126,7 @@ def main() -> None:
         print(f"  fedtailor  {ours['median_round_s']:.2f} s a round, overhead {ours['overhead_s']:.2f} s")
         above = ours["peak_bytes"] - ours["idle_bytes"]
         print(f"             coordinator {above / 1e6:.0f} MB above its idle {ours['idle_bytes'] / 1e6:.0f} MB"
-              f" ({above / size:.1f} models)")  # fmt: skip
+              f" ({above / size:.2f} models), {ours['peak_bytes'] / 1e6:.0f} MB in all ({ours['peak_bytes'] / size:.2f})")  # fmt: skip
         if "stock" in pair:
             stock = pair["stock"]
             ratio = stock["median_round_s"] / ours["median_round_s"]

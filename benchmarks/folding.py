@@ -105,7 +105,7 @@ def fold(folder: Path, root: str, parameters: int, replies: int) -> int:
         )  # fmt: skip
         closed = close_round(strategies.fedavg(), VISIT, leaves, stream, lambda answer: None)
         peak = memory("VmHWM")
-    assert closed.acc is not None and float(closed.acc["weight"]) == ROWS * replies, closed.dropped
+    assert closed.acc is not None and float(closed.acc.whole("weight")) == ROWS * replies, closed.dropped
     return peak - idle
 
 

@@ -4,7 +4,7 @@ It follows from a plan without making the model. Both ends compare an answer wit
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Annotated
 
@@ -12,14 +12,16 @@ import torch
 from pydantic import Field, PositiveFloat, PositiveInt
 
 from fedtailor import recipe as recipes
-from fedtailor import tree
+from fedtailor import tree, treefile
 from fedtailor.config import build
 from fedtailor.errors import WireError
 from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Metrics, Recipe
-from fedtailor.strategy import PIECE, Strategy, standing
+from fedtailor.store import Spec
+from fedtailor.strategy import Strategy, standing
 from fedtailor.study import Frozen, Plan
 from fedtailor.tree import Params, Tree, finite, map
+from fedtailor.treefile import Flat, slices_of
 
 HUGE = 1e6  # of a weight that is cast
 GREATEST_METRIC = 1e6  # of a loss or an error; what is larger tells nobody anything
@@ -30,7 +32,6 @@ BESIDE = (
 FEW = 2**18  # parameters
 METRIC_DIGITS = 4  # of what a site measures; a metric then carries at most 14 bits
 METRICS = ("auroc", "auprc", "accuracy", "f1", "precision", "recall", "loss", "c_index", "mae", "rmse")
-Spec = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a tensor -> dtype and shape
 
 
 class Tensor(Frozen):
@@ -55,7 +56,7 @@ class Leaving(Frozen):
         """The tensors as they are compared."""
         return {one.name: (getattr(torch, one.dtype), one.shape) for one in self.tensors}
 
-    def check(self, flat: Mapping[str, torch.Tensor], *, train: bool) -> None:
+    def check(self, flat: Flat, *, train: bool) -> None:
         """Compare an answer's tensors with the list; a visit that does not train brings none.
 
         Raises:
@@ -116,7 +117,7 @@ def _bound(plan: Plan, strategy: Strategy) -> float | None:
 
 def spec_of(expected: Tree) -> Spec:
     """The names, dtypes and shapes that ``expected`` promises."""
-    return {path: (leaf.dtype, tuple(leaf.shape)) for path, leaf in tree.flatten(expected).items()}
+    return treefile.spec_of(tree.flatten(expected))
 
 
 def followed(recipe: Recipe, through: Callable[[Params], Tree]) -> Tree:
@@ -136,22 +137,22 @@ def summand(plan: Plan, strategy: Strategy, params: Tree) -> Tree:
     return map(lambda x: x.new_zeros(()).expand(x.shape), report)  # shapes only: no memory
 
 
-def check(flat: Mapping[str, torch.Tensor], spec: Spec) -> None:
+def check(flat: Flat, spec: Spec) -> None:
     """Compare a received tree with what was agreed: same keys, dtypes and shapes, every value finite.
 
     Raises:
         WireError: with code ``keys``, ``dtype``, ``shape`` or ``nonfinite``, naming the tensor.
     """
-    if flat.keys() != spec.keys():
-        missing, extra = sorted(spec.keys() - flat.keys()), sorted(flat.keys() - spec.keys())
+    found = treefile.spec_of(flat)
+    if found.keys() != spec.keys():
+        missing, extra = sorted(spec.keys() - found.keys()), sorted(found.keys() - spec.keys())
         raise WireError(f"tensors missing: {missing[:3]}, not agreed: {extra[:3]}", code="keys")
-    for path, tensor in flat.items():
-        dtype, shape = spec[path]
-        if tensor.dtype != dtype:
-            raise WireError(f"{path} is {tensor.dtype}, agreed is {dtype}", code="dtype")
-        if tuple(tensor.shape) != shape:
-            raise WireError(f"{path} has shape {tuple(tensor.shape)}, agreed is {shape}", code="shape")
-        if not finite(tensor):
+    for path, (dtype, shape) in found.items():
+        if dtype != spec[path][0]:
+            raise WireError(f"{path} is {dtype}, agreed is {spec[path][0]}", code="dtype")
+        if shape != spec[path][1]:
+            raise WireError(f"{path} has shape {shape}, agreed is {spec[path][1]}", code="shape")
+        if not all(finite(piece) for piece in slices_of(flat, path)):
             raise WireError(f"{path} holds a value that is not finite", code="nonfinite")
 
 
@@ -172,9 +173,9 @@ def size_limit(spec: Spec) -> int:
     return tensors + 4096 + 512 * len(spec)
 
 
-def length(flat: Mapping[str, torch.Tensor]) -> float:
-    """The L2 norm over all tensors together, in pieces: never a second copy of a tensor."""
-    pieces = (piece for leaf in flat.values() for piece in torch.split(leaf.reshape(-1), PIECE))
+def length(flat: Flat) -> float:
+    """The L2 norm over all tensors together, in slices: never a second copy of a tensor."""
+    pieces = (piece for path in treefile.spec_of(flat) for piece in slices_of(flat, path))
     return math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces))
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedtailor import store
 from fedtailor.errors import WireError
+from fedtailor.store import Spec
 
 MAGIC = b"fedtailor.packed/1\n"
 BLOCK = 1 << 18  # elements: what packing holds in memory beside the tensors is some tens of these
@@ -43,7 +44,7 @@ def pack(flat: dict[str, Tensor]) -> Iterator[bytes]:
             yield _packed(block)
 
 
-def unpack(source: BinaryIO, spec: dict[str, tuple[torch.dtype, tuple[int, ...]]]) -> dict[str, Tensor]:
+def unpack(source: BinaryIO, spec: Spec) -> dict[str, Tensor]:
     """The tensors of these dtypes and shapes from what :func:`pack` made of them. Memory is theirs and a few blocks.
 
     Raises:

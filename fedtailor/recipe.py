@@ -56,7 +56,7 @@ def initial(recipe: Recipe, seed: int) -> Params:
     """The parameters that every run of this recipe and seed starts from."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(seeds.generator(seed, "init", recipe.name).initial_seed() % 2**63))
-        return {name: p.detach().clone() for name, p in parameters(recipe.model()).items()}
+        return {name: p.detach() for name, p in parameters(recipe.model()).items()}  # of a module that nobody else has
 
 
 def shapes(recipe: Recipe) -> Params:

@@ -13,12 +13,12 @@ from fedtailor.plots import rounds_png
 from fedtailor.recipe import Metrics
 from fedtailor.result import Kind, Result
 from fedtailor.study import Plan
-from fedtailor.tree import Params
+from fedtailor.treefile import Model, pieces_of
 
 HEADLINE = ("auroc", "accuracy")
 
 
-def write_run(folder: Path, *, result: Result, plan: Plan, params: Params, config_yaml: str) -> None:
+def write_run(folder: Path, *, result: Result, plan: Plan, model: Model, config_yaml: str) -> None:
     """Write ``model.safetensors``, ``rounds.png``, ``model_card.md``, ``config.yaml`` and, last, ``result.json``.
 
     A folder with a ``result.json`` is complete; each file is there whole or not at all.
@@ -32,10 +32,10 @@ def write_run(folder: Path, *, result: Result, plan: Plan, params: Params, confi
             (folder / stale).unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(f"{folder} cannot be made: {error.strerror}; choose another folder") from error
-    model = folder / result.model.path
-    store.write_pieces(model, store.safetensors(params), mode=0o644)
-    if store.digest(model) != result.model.sha256:
-        raise StoreError(f"{model} is not the model that the result describes; check the disk and write the run again")
+    path = folder / result.model.path
+    store.write_pieces(path, pieces_of(model), mode=0o644)
+    if store.digest(path) != result.model.sha256:
+        raise StoreError(f"{path} is not the model that the result describes; check the disk and write the run again")
     plot, no_plot = rounds_png(result)
     if plot is not None:
         store.write_bytes(folder / "rounds.png", plot, mode=0o644)

@@ -12,6 +12,7 @@ from fedtailor import store
 from fedtailor.recipe import Metrics
 from fedtailor.study import Frozen, Privacy, RecordPrivacy
 from fedtailor.tree import Params
+from fedtailor.treefile import Excerpt, Model, pieces_of
 
 SCHEMA: Literal["fedtailor.result/1"] = "fedtailor.result/1"
 Ending = Literal["completed", "stopped", "failed"]
@@ -179,12 +180,12 @@ def model_bytes(params: Params) -> bytes:
     return b"".join(store.safetensors(params))
 
 
-def model_file(params: Params) -> ModelFile:
+def model_file(model: Model) -> ModelFile:
     """How the released file will be described."""
     total = hashlib.sha256()
-    for piece in store.safetensors(params):  # model_bytes, without a copy of the model
+    for piece in pieces_of(model):  # model_bytes, without a copy of the model
         total.update(piece)
-    count = sum(p.numel() for p in params.values())
+    count = model.parameters if isinstance(model, Excerpt) else sum(p.numel() for p in model.values())
     return ModelFile(path="model.safetensors", sha256=total.hexdigest(), parameters=count)
 
 

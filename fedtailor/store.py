@@ -4,9 +4,10 @@ import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ DTYPES = {  # the names that safetensors gives them; in its files the widest com
     torch.bool: "BOOL",
 }
 _ORDER = list(DTYPES.values())
+Spec = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # path of a tensor -> dtype and shape
 
 
 def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
@@ -41,14 +43,25 @@ def write_bytes(path: Path, data: bytes, mode: int = 0o600) -> None:
     write_pieces(path, [data], mode)
 
 
-def write_pieces(path: Path, pieces: Iterable[bytes | memoryview], mode: int = 0o600) -> None:
+def write_pieces(path: Path, pieces: Iterable[bytes | bytearray | memoryview], mode: int = 0o600) -> None:
     """:func:`write_bytes` of data that is better not held in memory at once."""
+    with replacing(path, mode) as file:
+        for piece in pieces:
+            file.write(piece)
+
+
+@contextmanager
+def replacing(path: Path, mode: int = 0o600) -> Iterator[BinaryIO]:
+    """A draft, to be written and read in any order, that takes the place of ``path`` when the context ends well.
+
+    Raises:
+        StoreError: naming the file and what to do; the old file is there unharmed.
+    """
     draft = path.with_name(f".{path.name}.draft")
     try:
-        with os.fdopen(_open_alone(draft, mode), "wb") as file:
+        with os.fdopen(_open_alone(draft, mode), "w+b") as file:
             try:
-                for piece in pieces:
-                    file.write(piece)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(draft, path)
@@ -89,19 +102,47 @@ def safetensors(flat: dict[str, Tensor], metadata: dict[str, str] | None = None)
     Raises:
         StoreError: naming a tensor whose dtype the format has no word for here.
     """
+    head, spans = layout({name: (leaf.dtype, tuple(leaf.shape)) for name, leaf in flat.items()}, metadata)
+    yield head
+    for name in spans:
+        yield raw(flat[name])
+
+
+class Span(NamedTuple):
+    """Where a tensor's bytes lie in a file, and what they are."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int  # bytes from the beginning of the file
+
+    @property
+    def numbers(self) -> int:
+        """How many it has."""
+        return torch.Size(self.shape).numel()
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return self.numbers * self.dtype.itemsize
+
+
+def layout(spec: Spec, metadata: dict[str, str] | None = None) -> tuple[bytes, dict[str, Span]]:
+    """The header of a safetensors file with tensors of these dtypes and shapes, and where they lie, in their order.
+
+    Raises:
+        StoreError: naming a tensor whose dtype the format has no word for here.
+    """
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
-    begin = 0
-    names = sorted(flat, key=lambda name: (_ORDER.index(_dtype(name, flat[name])), name))
-    for name in names:
-        leaf = flat[name]
-        end = begin + leaf.numel() * leaf.element_size()
-        header[name] = {"dtype": _dtype(name, leaf), "shape": list(leaf.shape), "data_offsets": [begin, end]}
+    spans, begin = dict[str, Span](), 0
+    for name in sorted(spec, key=lambda name: (_ORDER.index(_dtype(name, spec[name][0])), name)):
+        spans[name] = Span(*spec[name], begin)
+        end = begin + spans[name].size
+        header[name] = {"dtype": DTYPES[spec[name][0]], "shape": list(spec[name][1]), "data_offsets": [begin, end]}
         begin = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    yield len(text).to_bytes(8, "little") + text
-    for name in names:
-        yield raw(flat[name])
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: span._replace(begin=len(head) + span.begin) for name, span in spans.items()}
 
 
 def load_tree(path: Path) -> tuple[Tree, dict[str, str]]:
@@ -150,7 +191,7 @@ def _open_alone(draft: Path, mode: int) -> int:
     takes it over. The lock keeps two writers of one file apart.
     """
     while True:
-        handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+        handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             if _is_at(handle, draft):
@@ -195,13 +236,11 @@ def _unwritable(path: Path, error: OSError) -> StoreError:
     )
 
 
-def _dtype(name: str, leaf: Tensor) -> str:
-    if leaf.dtype not in DTYPES:
+def _dtype(name: str, dtype: torch.dtype) -> str:
+    if dtype not in DTYPES:
         known = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise StoreError(
-            f"tensor {name!r} has dtype {leaf.dtype}, which cannot be stored; convert it to one of {known}"
-        )
-    return DTYPES[leaf.dtype]
+        raise StoreError(f"tensor {name!r} has dtype {dtype}, which cannot be stored; convert it to one of {known}")
+    return DTYPES[dtype]
 
 
 def raw(leaf: Tensor) -> bytes | memoryview:
@@ -214,9 +253,16 @@ def raw(leaf: Tensor) -> bytes | memoryview:
 
 
 def _checksum(flat: dict[str, Tensor], metadata: dict[str, str]) -> str:
+    return checksum(((name, leaf.dtype, leaf.shape, [raw(leaf)]) for name, leaf in sorted(flat.items())), metadata)
+
+
+def checksum(
+    tensors: Iterable[tuple[str, torch.dtype, Iterable[int], Iterable[bytes | memoryview]]], metadata: dict[str, str]
+) -> str:
+    """What :func:`save_tree` notes: SHA-256 over metadata and tensors by name, dtype, shape and pieces of bytes."""
     total = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name in sorted(flat):
-        leaf = flat[name]
-        total.update(f"\0{name}\0{leaf.dtype}\0{list(leaf.shape)}\0".encode())
-        total.update(raw(leaf))
+    for name, dtype, shape, pieces in tensors:
+        total.update(f"\0{name}\0{dtype}\0{list(shape)}\0".encode())
+        for piece in pieces:
+            total.update(piece)
     return total.hexdigest()

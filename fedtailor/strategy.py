@@ -116,6 +116,22 @@ class WeightedChange:
         return {"delta": delta} | beside, local.memory
 
 
+@dataclass(frozen=True)
+class Elementwise:
+    """An ``apply`` that treats every number of the parameters by itself, and a state that goes with it.
+
+    Given slices of the same numbers of every tensor that is named and shaped like a parameter (in the state, in the
+    total), flat, and all else whole, it gives those slices of the next state. The strategy's ``broadcast`` picks tensors
+    of the state and changes none. A server then never holds the model in memory.
+    """
+
+    fn: Callable[[Tree, Tree, int], Tree]
+
+    def __call__(self, state: Tree, total: Tree, round: int) -> Tree:
+        """Apply."""
+        return self.fn(state, total, round)
+
+
 def standing(strategy: Strategy, params: Tree, lr: float = 1.0) -> Tree:
     """The summand of a client that did nothing: what every summand of ``strategy`` looks like."""
     one = torch.ones(())

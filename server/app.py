@@ -28,7 +28,7 @@ from fedtailor.privacy.planning import resolve, strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Result
-from fedtailor.server.folding import advance, close_round
+from fedtailor.server.folding import advance, close_round, counted
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.rounds import Answer
 from fedtailor.strategy import model_in
@@ -53,7 +53,7 @@ def run(grid: Grid, experiment: Experiment, out: Path) -> Result:
     plan = resolve(experiment.plan)
     result, params = conduct(grid, plan, experiment.simulation.data, plan.deadline_s)
     config = yaml.safe_dump(plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-    write_run(out, result=result, plan=plan, params=params, config_yaml=config)
+    write_run(out, result=result, plan=plan, model=params, config_yaml=config)
     return result
 
 
@@ -109,7 +109,7 @@ def conduct(
             closed = closed._replace(sent={site: len(payload) for site in messages})
             progress = noted(progress, plan, closed, round, time.monotonic() - clock if train else None)
             if train:
-                state = advance(plan, strategy, partial(_same, state), closed, round, like)
+                state = advance(strategy, partial(_same, state), counted(plan, closed, round), round, like)
                 progress = progress._replace(round=round + 1)
                 done = {"round": round + 1, "clients": len(closed.reports), "seconds": progress.round_s[-1]}
                 on_event({"kind": "round", "rounds": plan.rounds} | done)

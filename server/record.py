@@ -18,7 +18,7 @@ from fedtailor.result import (
 )
 from fedtailor.server.folding import Closed
 from fedtailor.study import Plan
-from fedtailor.tree import Tree
+from fedtailor.treefile import Model
 
 
 class Progress(NamedTuple):
@@ -67,7 +67,7 @@ def noted(progress: Progress, plan: Plan, closed: Closed, round: int, seconds: f
 
 
 def result_of(
-    plan: Plan, progress: Progress, params: Tree, *, status: Ending, setup_s: float, transport: dict[str, bool] | None
+    plan: Plan, progress: Progress, model: Model, *, status: Ending, setup_s: float, transport: dict[str, bool] | None
 ) -> Result:
     """The result of a run, from its record. A site that never replied is in ``dropped`` only."""
     final: dict[str, Metrics] = progress.history[-1]["sites"] if progress.history else {}
@@ -102,7 +102,7 @@ def result_of(
         transport=None if transport is None else Transport(**transport),
         engine="flower",
         seed=plan.seed,
-        model=model_file(params),
+        model=model_file(model),
         versions=versions(),
         status=status,
         dropped=list(progress.dropped),

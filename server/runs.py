@@ -14,7 +14,9 @@ from fedtailor.proposal import Proposal, Signed, parsed
 from fedtailor.server.record import Progress
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
+from fedtailor.treefile import TreeFile, draft, opened
 
+CHECKPOINT = "checkpoint.safetensors"
 DONE = ("completed", "stopped", "failed")
 
 
@@ -118,26 +120,54 @@ class Run:
         """Record the state of the run, atomically."""
         store.write_json(self.folder / "status.json", {"status": status, "round": round, "detail": detail})
 
+    def begun(self) -> bool:
+        """Whether there is a checkpoint."""
+        return (self.folder / CHECKPOINT).exists()
+
     def save(self, state: Tree, progress: Progress, digest: str) -> None:
         """Write the checkpoint: one file, all or nothing."""
-        meta = {"progress": json.dumps(progress._asdict()), "plan_sha256": digest}
-        store.save_tree(self.folder / "checkpoint.safetensors", {"state": state}, meta)
+        store.save_tree(self.folder / CHECKPOINT, {"state": state}, _said(progress, digest))
 
-    def load(self, digest: str) -> tuple[Tree, Progress] | None:
-        """The last checkpoint, or None where there is none yet.
+    def step(self, write: Callable[[TreeFile, TreeFile], None], progress: Progress, digest: str) -> None:
+        """Replace the checkpoint by one of the same layout, which ``write`` fills from it: all or nothing."""
+        before, _ = self.checkpoint(digest)
+        with store.replacing(self.folder / CHECKPOINT) as file:
+            spec = {path: (span.dtype, span.shape) for path, span in before.spans.items()}
+            after = draft(file, spec, _said(progress, digest))
+            write(before, after)
+            after.seal()
+
+    def checkpoint(self, digest: str) -> tuple[TreeFile, Progress]:
+        """The last checkpoint, on disk.
 
         Raises:
             StoreError: if it is damaged or belongs to another plan.
         """
-        path = self.folder / "checkpoint.safetensors"
-        if not path.exists():
+        path = self.folder / CHECKPOINT
+        saved = opened(path)
+        return saved, _read(path, saved.metadata, digest)
+
+    def load(self, digest: str) -> tuple[Tree, Progress] | None:
+        """The last checkpoint in memory, or None where there is none yet.
+
+        Raises:
+            StoreError: if it is damaged or belongs to another plan.
+        """
+        if not self.begun():
             return None
-        loaded, meta = store.load_tree(path)
-        if meta.get("plan_sha256") != digest:
-            raise StoreError(f"{path} belongs to another plan than plan.json; restore the one that fits or start anew")
-        try:
-            return loaded["state"], Progress(**json.loads(meta["progress"]))
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(
-                f"{path} was written by another version of fedtailor ({error}); resume it there"
-            ) from error
+        saved, progress = self.checkpoint(digest)
+        state: Tree = saved.tree()["state"]
+        return state, progress
+
+
+def _said(progress: Progress, digest: str) -> dict[str, str]:
+    return {"progress": json.dumps(progress._asdict()), "plan_sha256": digest}
+
+
+def _read(path: Path, said: dict[str, str], digest: str) -> Progress:
+    if said.get("plan_sha256") != digest:
+        raise StoreError(f"{path} belongs to another plan than plan.json; restore the one that fits or start anew")
+    try:
+        return Progress(**json.loads(said["progress"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise StoreError(f"{path} was written by another version of fedtailor ({error}); resume it there") from error

@@ -7,8 +7,8 @@ repeated round from what they stored, so no round counts twice and no privacy is
 import errno
 import logging
 import time
+from functools import partial
 
-from fedtailor import leaving
 from fedtailor import recipe as recipes
 from fedtailor.config import build
 from fedtailor.errors import FedtailorError, StoreError
@@ -17,7 +17,8 @@ from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Recipe
 from fedtailor.report import write_run
 from fedtailor.result import Ending
-from fedtailor.server.folding import advance
+from fedtailor.server import slicewise
+from fedtailor.server.folding import advance, counted
 from fedtailor.server.listener import Bell
 from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress, noted, result_of
@@ -25,6 +26,7 @@ from fedtailor.server.runs import Run
 from fedtailor.server.tour import Setting, Tour
 from fedtailor.server.vouching import lasts_from
 from fedtailor.strategy import model_in
+from fedtailor.treefile import TreeFile
 
 log = logging.getLogger("fedtailor.server")
 RETRY_S = 5.0  # between attempts to write how a run failed
@@ -90,15 +92,13 @@ def _readable(error: Exception) -> str:
 def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     began, plan = time.monotonic(), run.plan()
     recipe, strategy = build(plan.recipe, Recipe), strategy_of(plan, noise_key(run, plan))
-    start = recipes.initial(recipe, plan.seed)
-    if (known := run.load(plan.digest())) is None:
-        known = strategy.init(start), Progress()
-        run.save(*known, plan.digest())
-    progress, like = known[1], leaving.summand(plan, strategy, start)
-    del start, known  # between rounds the state lies in the checkpoint only: in memory it would be a copy of the model
+    if not run.begun():
+        run.save(strategy.init(recipes.initial(recipe, plan.seed)), Progress(), plan.digest())
+    _, progress = run.checkpoint(plan.digest())  # the state lies there only: in memory it would be a copy of the model
     events.emit("started", run=run.name, study=plan.study, round=progress.round, rounds=plan.rounds)
     run.write_status("running", progress.round)
     tour = Tour(run, plan, strategy, setting, events)
+    like = slicewise.shaped(tour.leaves.spec())
     setup_s, before = time.monotonic() - began, progress.wall_s
     try:
         releasing(run, plan, progress.round)
@@ -106,14 +106,18 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
             closed, seconds, last = tour.visit(progress, train=True)
             if setting.stop.is_set() or setting.halt.is_set():
                 break  # an interrupted round does not count
-            progress = noted(progress, plan, closed, progress.round, seconds)
-            state = advance(plan, strategy, tour.state, closed, progress.round, like)
+            acc, round = counted(plan, closed, progress.round), progress.round
+            progress = noted(progress, plan, closed, round, seconds)
             wall_s = before + time.monotonic() - began
             lasts = (*lasts_from(progress.last), last)[-plan.turns() :]
-            progress = progress._replace(round=progress.round + 1, wall_s=wall_s, last=lasts)
-            run.save(state, progress, plan.digest())
+            progress = progress._replace(round=round + 1, wall_s=wall_s, last=lasts)
+            if isinstance(acc, TreeFile) and slicewise.can_be(strategy):
+                step = partial(slicewise.advance, strategy, acc, round=round, like=like)
+                run.step(step, progress, plan.digest())
+            else:
+                run.save(advance(strategy, tour.state, acc, round, like), progress, plan.digest())
             releasing(run, plan, progress.round)
-            del closed, state
+            del closed, acc
             run.write_status("running", progress.round)
             inside, root = sorted(last.witnesses), last.root()
             events.emit("round", run=run.name, round=progress.round, rounds=plan.rounds, seconds=seconds, sites=inside,
@@ -129,12 +133,13 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
         run.write_status("queued", progress.round, "interrupted; it resumes when the coordinator starts again")
         return progress
     status: Ending = "completed" if progress.round == plan.rounds else "stopped"
-    params = model_in(strategy.broadcast(tour.state()))
+    saved, _ = run.checkpoint(plan.digest())
+    model = slicewise.cast(strategy, saved, model=True) or model_in(strategy.broadcast(tour.state()))
     progress = progress._replace(wall_s=before + time.monotonic() - began)
-    result = result_of(plan, progress, params, status=status, setup_s=setup_s, transport=setting.transport)
+    result = result_of(plan, progress, model, status=status, setup_s=setup_s, transport=setting.transport)
     run.note_contributors(progress.inside)
     config_yaml = (run.folder / "config.yaml").read_text()
-    write_run(run.folder, result=result, plan=plan, params=params, config_yaml=config_yaml)
+    write_run(run.folder, result=result, plan=plan, model=model, config_yaml=config_yaml)
     events.emit("finished", run=run.name, status=status, round=progress.round)
     run.write_status(status, progress.round)  # after the events: who watches takes it for their end
     if status == "completed":

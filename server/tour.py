@@ -12,6 +12,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedtailor import store, tree, wire
 from fedtailor.errors import ConfigError
 from fedtailor.events import Events
+from fedtailor.server import slicewise
 from fedtailor.server.folding import Closed, close_round
 from fedtailor.server.listener import Bell
 from fedtailor.server.record import Progress
@@ -22,6 +23,7 @@ from fedtailor.server.vouching import Heads, Last, Vouch, last_of, lasts_from
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
 from fedtailor.tree import Tree
+from fedtailor.treefile import Excerpt
 from fedtailor.wire import Report, Visit
 
 PROPOSAL_S = 10.0  # for the sites that are there to answer a proposal
@@ -53,6 +55,7 @@ class Tour:
         self.setting, self.events = setting, events
         self.ear = ear or setting.bell  # where it hears of answers
         signed, self.proposal = run.proposal()
+        self.leaves = self.proposal.leaves
         self.vouch = Vouch(signed, self.proposal, setting.key, setting.heads)
         self.flower_run, self.task = setting.superlink.open_run()
         self.spool = run.folder / "spool"
@@ -67,7 +70,11 @@ class Tour:
         assert known is not None
         return known[0]
 
-    def _cast(self) -> bytes:
+    def _cast(self) -> bytes | Excerpt:
+        saved, _ = self.run.checkpoint(self.plan.digest())
+        if (excerpt := slicewise.cast(self.strategy, saved)) is not None:
+            return excerpt
+        del saved
         return b"".join(store.safetensors(tree.flatten(self.strategy.broadcast(self.state()))))
 
     def _clip(self) -> float | None:
@@ -121,7 +128,7 @@ class Tour:
         made = [self._cast()]  # for the first push; whoever joins later is sent it made anew
         evaluate = not train or round % plan.evaluation.every == 0
         baseline = not train and plan.evaluation.baseline
-        cast_sha256 = hashlib.sha256(made[0]).hexdigest()
+        cast_sha256 = wire.digest(made[0])
         visit = self._visit(round, train=train, evaluate=evaluate, baseline=baseline, cast_sha256=cast_sha256)
         sent: dict[str, int] = {}
         self.round, self.came = round, []
@@ -137,7 +144,7 @@ class Tour:
         closed = close_round(
             self.strategy,
             visit,
-            self.proposal.leaves,
+            self.leaves,
             stream,
             lambda answer: self._note(answer, round),
             self.vouch.check,
@@ -168,7 +175,7 @@ class Tour:
         self,
         sites: tuple[str, ...],
         visit: Visit,
-        cast: Callable[[], bytes],
+        cast: Callable[[], bytes | Excerpt],
         deadline_s: float,
         lasts: tuple[Last, ...],
         stop: Flag,
@@ -181,13 +188,14 @@ class Tour:
         def push(nodes: list[int], ttl: float) -> dict[int, str]:
             payload = cast()
             names = {node.node_id: name for name, node in setting.superlink.nodes().items() if node.node_id in nodes}
-            packed = wire.packed(payload) if len(payload) > wire.INLINE else payload
-            contents = {node: wire.record(shown[name], packed) for node, name in names.items()}
+            size = wire.size_of(payload)
+            content = wire.packed(payload) if size > wire.INLINE else payload
+            contents = {node: wire.record(shown[name], content) for node, name in names.items()}
             ids = setting.superlink.push(self.flower_run, contents, ttl)
             setting.bell.ring()
             for node in ids:
-                size = len(payload) + len(shown[names[node]].model_dump_json())
-                sent[names[node]] = sent.get(names[node], 0) + size
+                head = len(shown[names[node]].model_dump_json())
+                sent[names[node]] = sent.get(names[node], 0) + size + head
             return ids
 
         return answers(
@@ -197,7 +205,7 @@ class Tour:
             sites,
             visit,
             deadline_s=deadline_s,
-            limit=self.proposal.leaves.bytes,
+            limit=self.leaves.bytes,
             spool=self.spool,
             tick=self._tick,
             bell=self.ear,

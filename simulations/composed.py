@@ -33,7 +33,7 @@ class Simulated(NamedTuple):
         import yaml
 
         text = yaml.safe_dump(self.plan.model_dump(mode="json", by_alias=True), sort_keys=False)
-        write_run(Path(folder), result=self.result, plan=self.plan, params=self.params, config_yaml=text)
+        write_run(Path(folder), result=self.result, plan=self.plan, model=self.params, config_yaml=text)
 
 
 def simulate(study: str = "heart", settings: Mapping[str, Any] | None = None, **more: Any) -> Simulated:

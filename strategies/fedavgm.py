@@ -6,6 +6,7 @@ from pydantic import PositiveFloat, validate_call
 from fedtailor import Strategy, tree
 from fedtailor.strategies.fedavg import fedavg
 from fedtailor.strategies.fedopt import Decay
+from fedtailor.strategy import Elementwise
 from fedtailor.tree import Tree
 
 
@@ -24,5 +25,5 @@ def fedavgm(server_lr: PositiveFloat = 1.0, momentum: Decay = 0.9) -> Strategy:
         return {"params": tree.step(state["params"], velocity, server_lr), "velocity": velocity}
 
     return fedavg()._replace(
-        init=lambda params: {"params": params, "velocity": tree.map(torch.zeros_like, params)}, apply=apply
+        init=lambda params: {"params": params, "velocity": tree.map(torch.zeros_like, params)}, apply=Elementwise(apply)
     )

@@ -4,6 +4,7 @@ import torch
 from pydantic import PositiveFloat, PositiveInt, validate_call
 
 from fedtailor import Local, Strategy, tree
+from fedtailor.strategy import Elementwise
 from fedtailor.tree import Tree
 
 
@@ -38,5 +39,5 @@ def feddyn(alpha: PositiveFloat = 0.01, population: PositiveInt | None = None) -
         remember=zeros,
         correct=correct,
         report=report,
-        apply=apply,
+        apply=Elementwise(apply),
     )

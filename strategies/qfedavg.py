@@ -4,6 +4,7 @@ from pydantic import NonNegativeFloat, validate_call
 
 from fedtailor import Local, Strategy, tree
 from fedtailor.strategies.fedavg import fedavg
+from fedtailor.strategy import Elementwise
 from fedtailor.tree import Tree
 
 LEAST = 1e-10  # added to a loss, so that 0 has a power
@@ -30,4 +31,4 @@ def qfedavg(q: NonNegativeFloat = 1.0) -> Strategy:
     def apply(state: Tree, total: Tree, round: int) -> Tree:
         return {"params": tree.step(state["params"], total["delta"], 1 / total["height"])}
 
-    return fedavg()._replace(report=report, apply=apply, needs_loss=True)
+    return fedavg()._replace(report=report, apply=Elementwise(apply), needs_loss=True)

@@ -6,6 +6,7 @@ from pydantic import Field, validate_call
 
 from fedtailor import Local, Strategy, tree
 from fedtailor.strategies.fedavg import fedavg
+from fedtailor.strategy import Elementwise
 from fedtailor.tree import Tree
 
 MOST = 80.0  # of an exponent: exp(80) is a float32
@@ -31,4 +32,4 @@ def term(tilt: Annotated[float, Field(ge=-10, le=10)] = 1.0) -> Strategy:
     def apply(state: Tree, total: Tree, round: int) -> Tree:
         return {"params": tree.step(state["params"], total["delta"], 1 / total["share"])}
 
-    return fedavg()._replace(report=report, apply=apply, needs_loss=True)
+    return fedavg()._replace(report=report, apply=Elementwise(apply), needs_loss=True)

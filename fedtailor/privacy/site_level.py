@@ -1,9 +1,8 @@
 """Site-level differential privacy as a wrapper around any strategy whose summands are summed."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from fedtailor import seeds, tree
 from fedtailor.errors import ConfigError
@@ -12,6 +11,7 @@ from fedtailor.privacy.csprng import Csprng, add_normals
 from fedtailor.strategy import Local, Strategy
 from fedtailor.study import AdaptiveClip
 from fedtailor.tree import Tree
+from fedtailor.treefile import Flat, slices_of, spec_of
 
 EXTRAS = ("weight", "within")  # what a summand holds beside its values
 SHORT = 1 - 2.0**-20  # a clip is missed by a rounding of float32; then it is missed downwards
@@ -109,14 +109,16 @@ def _adaptive(
     )
 
 
-def within_bound(summand: Mapping[str, Tensor], clip: float) -> bool:
+def within_bound(summand: Flat, clip: float) -> bool:
     """Whether a client's summand, by path, is one that :func:`private` reports for this clip.
 
     The other clients' privacy does not rest on it, but the model and the next clip do. Pieces are looked at one by one.
     """
-    squares = [torch.linalg.vector_norm(x.double()) ** 2 for path, x in summand.items() if path not in EXTRAS]
-    short = float(sum(squares)) ** 0.5 <= clip * (1 + 1e-6)
-    return short and float(summand["weight"]) == 1 and ("within" not in summand or abs(float(summand["within"])) <= 0.5)
+    paths = spec_of(summand)
+    values = (piece for path in paths if path not in EXTRAS for piece in slices_of(summand, path))
+    short = float(sum(torch.linalg.vector_norm(x.double()) ** 2 for x in values)) ** 0.5 <= clip * (1 + 1e-6)
+    weight, within = (float(next(slices_of(summand, path))) if path in paths else 0.0 for path in ("weight", "within"))
+    return short and weight == 1 and abs(within) <= 0.5
 
 
 def _once(strategy: Strategy, local: Local) -> tuple[Tree, Tree]:

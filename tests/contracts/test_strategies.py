@@ -1,6 +1,7 @@
 """What every strategy keeps, shipped or of an installed plug-in, and its private form: a YAML file inherits it all."""
 
 from collections.abc import Iterable
+from pathlib import Path
 from pydoc import locate
 from typing import get_type_hints
 
@@ -11,11 +12,12 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import torch as files
 from seven import K, World, losses
 
-from fedtailor import STACK, Strategy, tree
+from fedtailor import STACK, Strategy, store, tree, treefile
 from fedtailor.config import build, choices, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
 from fedtailor.privacy.planning import resolve
+from fedtailor.server import slicewise
 from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import Local, model_in
 from fedtailor.study import Spec
@@ -159,6 +161,41 @@ def test_one_client_moves_a_private_sum_by_at_most_the_clip(name: str) -> None:
     assert weight == 1  # a client counts once, whatever it holds
     assert within == -0.5  # it was clipped, and says so in a bit that is centred
     assert 1 - 1e-5 < tree.norm(summand) <= 1
+
+
+BY_SLICES = [name for name, strategy in SHIPPED.items() if slicewise.can_be(strategy)]
+
+
+def test_the_common_strategies_are_applied_by_slices_and_no_private_one_is() -> None:
+    assert {"fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "scaffold", "feddyn"} <= {*BY_SLICES}
+    assert not any(slicewise.can_be(strategy) for strategy in PRIVATE.values())  # their noise is of the whole
+
+
+@pytest.mark.parametrize("name", BY_SLICES)
+def test_what_is_applied_by_slices_is_what_is_applied_whole(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three rounds of a coordinator, on disk and in memory: every bit is the same, of the cast too."""
+    monkeypatch.setattr(treefile, "SLICE", 2)
+    strategy, world = SHIPPED[name], World()
+    state, memories = world.start(strategy)
+    store.save_tree(tmp_path / "0", {"state": state}, {})
+    for round in range(3):
+        before = treefile.opened(tmp_path / f"{round}")
+        cast = slicewise.cast(strategy, before)
+        assert cast is not None
+        assert b"".join(cast) == b"".join(store.safetensors(tree.flatten(strategy.broadcast(state))))
+        replies = [world.reply(strategy, strategy.broadcast(state), memory, k)[0] for k, memory in enumerate(memories)]
+        acc = None
+        for reply in replies:
+            acc = slicewise.add(strategy.reduce, acc, tree.flatten(reply), 1.0, tmp_path)
+        assert acc is not None
+        with store.replacing(tmp_path / f"{round + 1}") as file:
+            after = treefile.draft(file, treefile.spec_of(before), {})
+            slicewise.advance(strategy, acc, before, after, round, like=replies[0])
+            after.seal()
+        state = strategy.apply(state, tree.lowered(fold(strategy, replies), replies[0]), round)
+        assert_close(store.load_tree(tmp_path / f"{round + 1}")[0]["state"], state, rtol=0, atol=0)
 
 
 SEE_ALL = [name for name, strategy in SHIPPED.items() if strategy.reduce is STACK]

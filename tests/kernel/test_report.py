@@ -52,7 +52,7 @@ def made(**changes):
 
 
 def write(folder, result=None, params=PARAMS):
-    write_run(folder, result=result or made(), plan=PLAN, params=params, config_yaml="study: heart\n")
+    write_run(folder, result=result or made(), plan=PLAN, model=params, config_yaml="study: heart\n")
 
 
 def printed(result):

@@ -1,7 +1,6 @@
 """Rounds that do not wait for everybody: a slow site's answer counts later, and less; nobody is asked twice at a time."""
 
 import pytest
-import torch
 from pydantic import ValidationError
 from world import VISIT, World
 
@@ -10,7 +9,7 @@ from fedtailor.config import load
 from fedtailor.errors import ConfigError, WireError
 from fedtailor.privacy.planning import resolve
 from fedtailor.server import rounds
-from fedtailor.server.folding import close_round, discounted
+from fedtailor.server.folding import close_round, discount
 from fedtailor.server.vouching import last_of
 from fedtailor.study import Buffer, Plan
 
@@ -73,13 +72,12 @@ def test_a_site_that_is_revoked_leaves_nothing_standing(world):
     assert it.round(visit=LATER, standing=standing) == [("c", "revoked")] and not standing
 
 
-def test_a_late_answer_shrinks_whole_and_one_that_is_too_old_does_not_count():
-    summand, buffer = {"delta/w": torch.tensor([4.0]), "weight": torch.tensor(8.0)}, Buffer(answers=1, oldest=3)
-    half = discounted(summand, buffer, 3)
-    assert half["delta/w"].item() == 2.0 and half["weight"].item() == 4.0
+def test_a_late_answer_counts_less_and_one_that_is_too_old_does_not_count():
+    buffer = Buffer(answers=1, oldest=3)
+    assert discount(buffer, 3) == 0.5
     for late, rule in ((4, buffer), (1, None)):
         with pytest.raises(WireError) as error:
-            discounted(summand, rule, late)
+            discount(rule, late)
         assert error.value.code == "stale"
 
 
@@ -93,7 +91,7 @@ def test_the_fold_checks_a_late_answer_against_its_own_round(world, tmp_path):
     closed = close_round(strategies.fedavg(), LATER, leaves, stream, told.append, buffer=Buffer(answers=1))
     late = answers[0].site
     assert list(closed.reports) == [late] and closed.dropped == {answers[1].site: "round"}
-    assert closed.acc["weight"].item() == pytest.approx(10 / 2**0.5)
+    assert closed.acc.whole("weight").item() == pytest.approx(10 / 2**0.5)
     last = last_of(LATER, closed.reports)
     assert last.witnesses == {} and [leaf[0] for leaf in last.leaves] == [late]
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from fedtailor import packing, strategies, tree, wire
+from fedtailor import packing, strategies, tree, treefile, wire
 from fedtailor.config import load
 from fedtailor.errors import ConfigError
 from fedtailor.leaving import Leaving, Tensor
-from fedtailor.server.folding import advance, close_round
-from fedtailor.server.payload import Payload
+from fedtailor.server.folding import advance, close_round, counted
 from fedtailor.server.rounds import Answer
+from fedtailor.treefile import TreeFile
 from fedtailor.wire import Report, Visit
 
 VISIT = Visit(run="r", round=3, train=True, evaluate=True, baseline=False, plan="{}", cast_sha256="0" * 64)
@@ -42,7 +42,7 @@ def folded(tmp_path, *given, strategy=None, visit=VISIT, leaves=LEAVES):
     closed = close_round(strategy or strategies.fedavg(), visit, leaves, stream(tmp_path, *given), told.append)
     assert [a.site for a in told] == [site for site, _, _ in given] and not list(tmp_path.iterdir())
     assert {a.site: a.code for a in told if a.code} == closed.dropped
-    return closed
+    return closed._replace(acc=closed.acc.tree()) if isinstance(closed.acc, TreeFile) else closed
 
 
 TWICE = {name: 2 * x for name, x in SUMMAND.items()}
@@ -111,21 +111,25 @@ def test_a_visit_that_does_not_train_takes_reports_and_no_tensors(tmp_path):
     assert closed.acc is None and closed.reports["a"].metrics == {"loss": 0.5} and closed.dropped == {"b": "keys"}
 
 
-def test_the_memory_of_a_sum_does_not_grow_with_the_answers(tmp_path):
+def test_a_sum_is_in_memory_a_slice_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(treefile, "SLICE", 3)
     seen = []
     strategy = strategies.fedavg()
 
     def add(acc, block):
-        out = strategy.reduce.add(acc, block)
-        assert len(tree.leaves(block)) == 1  # a reply's other tensors need not be in memory
-        seen.append([(name, x.data_ptr(), tuple(x.shape)) for name, x in tree.flatten(out).items()])
-        return out
+        (x,) = tree.leaves(block)  # a reply's other tensors need not be in memory
+        seen.append(x.numel())
+        return strategy.reduce.add(acc, block)
 
     watched = strategy._replace(reduce=strategy.reduce._replace(add=add))
-    closed = folded(tmp_path, *[(f"s{i}", SUMMAND, {}) for i in range(9)], strategy=watched)
-    assert len(seen) == 9 * len(SUMMAND)
-    assert all(each == seen[i % len(SUMMAND)] for i, each in enumerate(seen))  # one accumulator, changed in place
-    assert float(closed.acc["weight"]) == 90.0
+    large = {"delta/w": torch.arange(10.0).view(2, 5), "weight": torch.tensor(10.0)}
+    tensors = [TENSORS[0].model_copy(update={"shape": (2, 5)}), TENSORS[1]]
+    leaves = LEAVES.model_copy(update={"tensors": tensors})
+    closed = folded(tmp_path, *[(f"s{i}", large, {}) for i in range(9)], strategy=watched, leaves=leaves)
+    assert seen == 9 * [3, 3, 3, 1, 1]
+    assert float(closed.acc["weight"]) == 90.0 and torch.equal(
+        closed.acc["delta"]["w"], 9.0 * large["delta/w"].double()
+    )
 
 
 def test_what_is_not_a_sum_sees_every_answer_whole(tmp_path):
@@ -136,14 +140,6 @@ def test_what_is_not_a_sum_sees_every_answer_whole(tmp_path):
     }
 
 
-def test_a_tensor_of_a_payload_is_mapped_anew_each_time(tmp_path):
-    (tmp_path / "one").write_bytes(save(SUMMAND))
-    payload = Payload(tmp_path / "one")
-    assert set(payload) == set(SUMMAND) and len(payload) == 2
-    first, again = payload["delta/w"], payload["delta/w"]
-    assert torch.equal(first, SUMMAND["delta/w"]) and first.data_ptr() != again.data_ptr()
-
-
 PLAN = load(["study=heart", "sites=[a,b]", "quorum=2"]).plan
 START = {"w": torch.tensor([1.0, 1.0])}
 
@@ -151,7 +147,7 @@ START = {"w": torch.tensor([1.0, 1.0])}
 def advanced(closed):
     strategy = strategies.fedavg()
     like = tree.unflatten({"delta/w": torch.zeros(2), "weight": torch.zeros(())})
-    return advance(PLAN, strategy, lambda: strategy.init(START), closed, 3, like)
+    return advance(strategy, lambda: strategy.init(START), counted(PLAN, closed, 3), 3, like)
 
 
 def test_a_round_with_its_quorum_advances_the_model(tmp_path):
@@ -184,7 +180,8 @@ def test_what_is_private_is_noised_before_it_is_rounded(tmp_path):
     for bound, dtype in ((None, torch.float32), (1.0, torch.float64)):
         strategy = strategies.fedavg()._replace(apply=apply, sensitivity=bound)
         closed = folded(tmp_path, ("a", SUMMAND, {}), ("b", TWICE, {}), strategy=strategy)
-        advance(plan, strategy, lambda: {"params": {"w": torch.zeros(2)}}, closed, VISIT.round, tree.unflatten(SUMMAND))
+        acc, like = counted(plan, closed, VISIT.round), tree.unflatten(SUMMAND)
+        advance(strategy, lambda: {"params": {"w": torch.zeros(2)}}, acc, VISIT.round, like)
         assert set(seen[-1].values()) == {dtype}
 
 

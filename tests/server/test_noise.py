@@ -92,6 +92,7 @@ class Beside:
 
     def __init__(self, run, plan, strategy, setting, events):
         self.run, self.plan, self.strategy = run, plan, strategy
+        self.leaves = leaving.agreed(plan.canonical())
 
     def state(self):
         return self.run.load(self.plan.digest())[0]
