@@ -108,6 +108,9 @@ class WeightedChange:
     """
 
     weigh: Callable[[Local], tuple[Tensor, Tree]]  # -> the number, what is beside it; does not look at ``params``
+    many: bool = (
+        False  # whether ``weigh`` works on each number by itself: given those of K clients, [K], it gives theirs
+    )
 
     def __call__(self, local: Local) -> tuple[Tree, Tree]:
         """Report; the memory stays as it is."""

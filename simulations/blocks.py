@@ -146,7 +146,7 @@ def _weigh(weighted: WeightedChange, cast: Tree, known: Tree, clients: int, lr: 
         number, others = weighted.weigh(Local(cast=cast, params={}, lr=lr, **known))
         return {"number": number, "others": others}
 
-    found = _over_clients(weigh, clients)(known)
+    found = weigh(known) if weighted.many else _over_clients(weigh, clients)(known)
     return found["number"], found["others"]
 
 

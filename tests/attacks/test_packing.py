@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedtailor import packing, strategies, tree
+from fedtailor import packing, strategies
 from fedtailor.leaving import Leaving, Tensor, size_limit, spec_of
 from fedtailor.packing import MAGIC, SOME, TABLE
 from fedtailor.server.folding import Closed, close_round
@@ -131,10 +131,12 @@ def test_a_packing_says_no_more_than_its_tensors(tmp_path, way, monkeypatch):
     assert read(raw) == SECRET
     found = closed(tmp_path, flat, honest(flat), MAGIC + raw)
     assert found.dropped == {"s1": "packing"} and set(found.reports) == {"s0"}
-    assert all(torch.equal(found.acc[name], leaf.double()) for name, leaf in flat.items())
+    assert all(torch.equal(found.acc.whole(name), leaf.double()) for name, leaf in flat.items())
     monkeypatch.setattr(packing, "_packed", lambda block: Anything())
     without = closed(tmp_path, flat, MAGIC + raw)
-    assert without.dropped == {} and all(torch.equal(without.acc[name], leaf.double()) for name, leaf in flat.items())
+    assert without.dropped == {} and all(
+        torch.equal(without.acc.whole(name), leaf.double()) for name, leaf in flat.items()
+    )
 
 
 ELEMENTS = 4 * packing.BLOCK
@@ -157,4 +159,4 @@ def test_a_bomb_is_dropped_by_name_and_takes_no_memory(tmp_path, bomb):
     tracemalloc.stop()
     assert found.dropped == {"s0": "packing"} and set(found.reports) == {"s1"}
     assert peak < 64 * packing.BLOCK  # bytes; a dense answer has 16 of these, and is of torch's memory
-    assert tree.flatten(found.acc)["w"].count_nonzero() == 0
+    assert found.acc.whole("w").count_nonzero() == 0

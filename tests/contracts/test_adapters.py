@@ -14,7 +14,7 @@ from fedtailor.config import load as compose
 from fedtailor.datasets import Loaded
 from fedtailor.privacy import private
 from fedtailor.recipe import Recipe
-from fedtailor.server.folding import Closed, advance
+from fedtailor.server.folding import Closed, advance, counted
 from fedtailor.simulations.run import simulate
 from fedtailor.strategy import Local, Strategy, model_in, standing
 from fedtailor.training import parted
@@ -88,7 +88,7 @@ def deployed(plan, data, order):
             memory[site], reports[site] = work.memory, work.report
             acc = strategy.reduce.add(acc, tree.at(work.summand, None))
         closed = Closed(acc=acc, reports=reports, received={}, dropped={}, sent={})
-        state = advance(plan, strategy, lambda kept=state: kept, closed, round, like)
+        state = advance(strategy, lambda kept=state: kept, counted(plan, closed, round), round, like)
         saved = to_bytes({k: v.contiguous() for k, v in tree.flatten(state).items()})
         state = tree.unflatten(dict(sorted(from_bytes(saved).items())))
     return model_in(strategy.broadcast(state))

@@ -1,33 +1,27 @@
 """What every strategy keeps, shipped or of an installed plug-in, and its private form: a YAML file inherits it all."""
 
-from collections.abc import Iterable
-from pathlib import Path
 from pydoc import locate
 from typing import get_type_hints
 
 import pytest
 import torch
-from forms import private_forms
 from pydantic import TypeAdapter, ValidationError
 from safetensors import torch as files
 from seven import K, World, losses
+from shipped import PRIVATE, SHIPPED, SPECS, assert_close, copied, fold
 
-from fedtailor import STACK, Strategy, store, tree, treefile
-from fedtailor.config import build, choices, load
+from fedtailor import STACK, Strategy, tree
+from fedtailor.config import build, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy import private
 from fedtailor.privacy.planning import resolve
-from fedtailor.server import slicewise
 from fedtailor.simulations.engine import simulate_round, vmapped
 from fedtailor.strategy import Local, model_in
 from fedtailor.study import Spec
 from fedtailor.training import local_train, plain
 from fedtailor.tree import Tree
 
-SPECS = {name: load([f"strategy={name}"]).plan.strategy for name in choices("strategy")}
 FACTORIES = {name: locate(spec.target) for name, spec in SPECS.items()}
-SHIPPED = {name: build(spec, Strategy) for name, spec in SPECS.items()}
-PRIVATE = private_forms(SHIPPED)
 ALL = SHIPPED | PRIVATE
 
 
@@ -35,28 +29,6 @@ def ended(cast: Tree, memory: Tree, params: Tree) -> Local:
     """A client of 9 rows whose 5 steps ended at ``params``."""
     rows, steps, seed, loss = torch.tensor(9.0), torch.tensor(5.0), torch.tensor(7), torch.tensor(0.8)
     return Local(cast, memory, params, rows, steps, 0.05, seed, loss)
-
-
-def fold(strategy: Strategy, replies: Iterable[Tree]) -> Tree:
-    """What a coordinator does: one reply is a block of one."""
-    acc = None
-    for reply in replies:
-        acc = strategy.reduce.add(acc, tree.at(reply, None))
-    assert acc is not None
-    return strategy.reduce.done(acc)
-
-
-def copied(of: Tree) -> Tree:
-    return tree.map(torch.clone, of)
-
-
-def assert_close(a: Tree, b: Tree, rtol: float = 1e-5, atol: float = 1e-6) -> None:
-    one, other = tree.flatten(a), tree.flatten(b)
-    assert one.keys() == other.keys()
-    for path in one:
-        torch.testing.assert_close(
-            one[path], other[path], rtol=rtol, atol=atol, msg=lambda text, p=path: f"{p}: {text}"
-        )
 
 
 @pytest.mark.parametrize("block", [1, 3, 64])
@@ -161,41 +133,6 @@ def test_one_client_moves_a_private_sum_by_at_most_the_clip(name: str) -> None:
     assert weight == 1  # a client counts once, whatever it holds
     assert within == -0.5  # it was clipped, and says so in a bit that is centred
     assert 1 - 1e-5 < tree.norm(summand) <= 1
-
-
-BY_SLICES = [name for name, strategy in SHIPPED.items() if slicewise.can_be(strategy)]
-
-
-def test_the_common_strategies_are_applied_by_slices_and_no_private_one_is() -> None:
-    assert {"fedavg", "fedavgm", "fedadam", "fedyogi", "fedadagrad", "fedprox", "scaffold", "feddyn"} <= {*BY_SLICES}
-    assert not any(slicewise.can_be(strategy) for strategy in PRIVATE.values())  # their noise is of the whole
-
-
-@pytest.mark.parametrize("name", BY_SLICES)
-def test_what_is_applied_by_slices_is_what_is_applied_whole(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Three rounds of a coordinator, on disk and in memory: every bit is the same, of the cast too."""
-    monkeypatch.setattr(treefile, "SLICE", 2)
-    strategy, world = SHIPPED[name], World()
-    state, memories = world.start(strategy)
-    store.save_tree(tmp_path / "0", {"state": state}, {})
-    for round in range(3):
-        before = treefile.opened(tmp_path / f"{round}")
-        cast = slicewise.cast(strategy, before)
-        assert cast is not None
-        assert b"".join(cast) == b"".join(store.safetensors(tree.flatten(strategy.broadcast(state))))
-        replies = [world.reply(strategy, strategy.broadcast(state), memory, k)[0] for k, memory in enumerate(memories)]
-        acc = None
-        for reply in replies:
-            acc = slicewise.add(strategy.reduce, acc, tree.flatten(reply), 1.0, tmp_path)
-        assert acc is not None
-        with store.replacing(tmp_path / f"{round + 1}") as file:
-            after = treefile.draft(file, treefile.spec_of(before), {})
-            slicewise.advance(strategy, acc, before, after, round, like=replies[0])
-            after.seal()
-        state = strategy.apply(state, tree.lowered(fold(strategy, replies), replies[0]), round)
-        assert_close(store.load_tree(tmp_path / f"{round + 1}")[0]["state"], state, rtol=0, atol=0)
 
 
 SEE_ALL = [name for name, strategy in SHIPPED.items() if strategy.reduce is STACK]
