@@ -14,7 +14,7 @@ from fedtailor.recipe import Recipe
 from fedtailor.simulations import gradients
 from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import Many
-from fedtailor.simulations.feed import NOTHING, Batch, Feed, Rooms, apart
+from fedtailor.simulations.feed import DRAWN, NOTHING, Batch, Feed, Rooms, apart
 from fedtailor.simulations.folded import folded
 from fedtailor.simulations.gradients import Part
 from fedtailor.simulations.graphs import Replay, plainly
@@ -62,9 +62,9 @@ def block_train(
         return gradients.plain(*at) if clip is None else gradients.clipped(*at, clip)
 
     def once(
-        rooms: Rooms, careful: bool, cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor
+        rooms: Rooms, careful: bool, looks: bool, cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor
     ) -> Tree:
-        model.tape.careful, model.tape.odd = careful, None
+        model.tape.careful, model.tape.looks, model.tape.odd = careful, looks, None
         clients, steps = live.shape
         known: Tree = {"memory": memory, "num_examples": counts, "num_steps": live.sum(1)}
         if "seed" in batches:
@@ -75,7 +75,7 @@ def block_train(
             fed = feed.steps(batches, rooms, noisy=False)
             losses = torch.stack([gradients.mean_losses(recipe, model, shared, batch) for batch in fed], 1)
             known["loss"] = (losses * live).sum(1) / live.sum(1)
-        noisy = clip is not None and not {"noise", "noise_seed"}.isdisjoint(batches)
+        noisy = clip is not None and not {"noise", "noise_seed", DRAWN}.isdisjoint(batches)
         begin = _over_clients(lambda known: strategy.start(cast, known["memory"]), clients)
         start = begin(known) if starts else shared
         thin = weighted is not None and not corrects and not noisy  # noise has no low rank
@@ -109,7 +109,7 @@ def block_train(
         found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
         return found | _odd(model.tape)
 
-    step, careful = replay(lambda: partial(once, {}, False)), partial(once, {}, True)
+    step, careful = replay(lambda looks: partial(once, {}, False, looks)), partial(once, {}, True, True)
 
     def many(*given: Any) -> tuple[Tree, Tree]:
         found = step(*given)

@@ -84,7 +84,7 @@ def run(
             workers=simulation.workers,
             device=simulation.device,
             precision=simulation.precision,
-            graphs=simulation.graphs,
+            steps=simulation.steps,
             ray=simulation.ray,
             gpus=simulation.gpus,
             checkpoint=checkpoint,

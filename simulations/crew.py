@@ -21,13 +21,13 @@ from torch import Tensor
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
-from fedtailor.config import Precision, build
+from fedtailor.config import Precision, Steps, build
 from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError, RefusedError
 from fedtailor.privacy.planning import Sampling, strategy_of
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.cohort import feed_from
+from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.engine import in_blocks
-from fedtailor.simulations.graphs import replaying
 from fedtailor.simulations.hardware import HOST, across, device_of, placed, recipe_on
 from fedtailor.simulations.paths import Task, Way, forced
 from fedtailor.simulations.precision import multiplied
@@ -52,7 +52,7 @@ class Duty(NamedTuple):
     threads: int
     device: str
     precision: Precision
-    graphs: bool
+    steps: Steps
 
 
 class Died(FedtailorError):
@@ -128,9 +128,8 @@ def served(duty: Duty, rows: Part) -> Callable[[Tree], Tree]:
     clip = None if plan.record is None else plan.record.clip
     task = Task(recipe, strategy, plan.local.lr, clip, feed_from(plan, rows, like), duty.block, duty.together)
     task = task._replace(half=duty.precision == "bf16")
-    if duty.graphs:
-        task = task._replace(replay=replaying(on, lambda why: print(why, file=sys.stderr)))
-    way = forced(duty.path, task)
+    replay = replay_of(duty.steps, on, task.feed, lambda why: print(why, file=sys.stderr))
+    way = forced(duty.path, task._replace(replay=replay))
     return partial(_round, strategy, way._replace(many=across(way.many, on, HOST)), duty)
 
 

@@ -12,6 +12,7 @@ from fedtailor.tree import Tree
 
 Noise = Callable[[Tensor, int], Iterator[Tensor]]  # seeds [K], steps -> each step's noise [K, N], of all parameters
 Rooms = dict[str, Tensor]
+DRAWN = "drawn"  # of a batch: noise that was made before the steps
 
 
 def room(rooms: Rooms, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
@@ -74,9 +75,22 @@ class Feed(NamedTuple):
 
     def shapes(self, batches: Tree) -> Tree:
         """The shapes that noise comes apart into, in its own order: a cast that was read from a file has another."""
-        return self.like if "noise_seed" in batches else tree.map(lambda x: x[0, 0], batches.get("noise", {}))
+        return (
+            self.like
+            if not {"noise_seed", DRAWN}.isdisjoint(batches)
+            else tree.map(lambda x: x[0, 0], batches.get("noise", {}))
+        )
+
+    def drawn(self, batches: Tree) -> Tree:
+        """The same with the noise of all steps in place of its seeds: ``batches[DRAWN] [K, S, N]``."""
+        if self.noise is None or "noise_seed" not in batches:
+            return batches
+        others = {name: leaf for name, leaf in batches.items() if name != "noise_seed"}
+        return others | {DRAWN: torch.stack([one.clone() for one in self._seeded(batches)], 1)}
 
     def _noise(self, batches: Tree, steps: int) -> Iterator[Tensor | None]:
+        if DRAWN in batches:
+            return iter(batches[DRAWN].unbind(1))
         if self.noise is not None and "noise_seed" in batches:
             return self._seeded(batches)
         given = tree.leaves(batches.get("noise", {}))

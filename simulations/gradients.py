@@ -75,7 +75,7 @@ def waits(x: Tensor) -> bool:
 
 def _odd(tape: Tape, total: Tensor) -> bool:
     """Whether lengths need the second look; where that is not known yet, ``tape.odd`` keeps what will tell."""
-    if tape.careful or waits(total):
+    if tape.careful or (tape.looks and waits(total)):
         return tape.careful or not math.isfinite(float(total))
     tape.odd = total if tape.odd is None else tape.odd + total
     return False

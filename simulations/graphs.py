@@ -21,16 +21,17 @@ from fedtailor.tree import Tree
 Step = Callable[[Tree, Tree, Tree, Tensor, Tensor], Tree]  # what a Many is given -> all that comes of it, as one tree
 Capture = Callable[[Callable[[], Tree]], tuple[Callable[[], None], Tree]]
 """Records a function of nothing: what does its work again, and where the results then are."""
-Replay = Callable[[Callable[[], Step]], Step]
+Make = Callable[[bool], Step]  # of a step that may look at the numbers that it computes, or that may not
+Replay = Callable[[Make], Step]
 """Makes a step by the function that it is given, and perhaps others for recordings: two share no memory but the rows."""
 
 KEPT = 8  # recordings: Poisson batches of about one size are padded to so many widths
 WARM = 3  # runs before a recording, in which libraries choose their kernels
 
 
-def plainly(make: Callable[[], Step]) -> Step:
+def plainly(make: Make) -> Step:
     """No recordings."""
-    return make()
+    return make(True)
 
 
 def replaying(device: torch.device, failed: Callable[[str], None]) -> Replay:
@@ -40,23 +41,23 @@ def replaying(device: torch.device, failed: Callable[[str], None]) -> Replay:
     return partial(replayed, capture=partial(captured, device), failed=failed)
 
 
-def replayed(make: Callable[[], Step], capture: Capture, failed: Callable[[str], None]) -> Step:
+def replayed(make: Make, capture: Capture, failed: Callable[[str], None]) -> Step:
     """A step that is recorded when its inputs have had the same shapes before, and replayed from then on.
 
     Where recording fails, all is done plainly from then on. Running out of memory is an error as without recordings.
     """
-    plain, seen, kept, given_up = make(), set[object](), OrderedDict[object, Step](), False
+    plain, seen, kept, given_up = make(True), set[object](), OrderedDict[object, Step](), False
 
     def step(cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor) -> Tree:
         nonlocal given_up
         given = cast, memory, batches, live, counts
-        key = _shapes(given)
+        key = shapes(given)
         if given_up or HOSTS_OWN in batches or key not in seen:
             seen.add(key)
             return plain(*given)
         if key not in kept:
             try:
-                kept[key] = _recorded(make(), given, capture)
+                kept[key] = _recorded(make(False), given, capture)
             except RuntimeError as error:
                 if out_of_memory(error):
                     raise
@@ -72,21 +73,22 @@ def replayed(make: Callable[[], Step], capture: Capture, failed: Callable[[str],
     return step
 
 
-def _shapes(given: tuple[Any, ...]) -> object:
-    named = tree.flatten(_named(given))
-    return tuple((name, x.shape, x.dtype) for name, x in named.items())
+def shapes(given: tuple[Any, ...]) -> object:
+    """What must be the same for the same operations."""
+    return tuple((name, x.shape, x.dtype) for name, x in tree.flatten(named(given)).items())
 
 
-def _named(given: tuple[Any, ...]) -> Tree:
+def named(given: tuple[Any, ...]) -> Tree:
+    """What a step is given, as one tree."""
     return dict(zip(("cast", "memory", "batches", "live", "counts"), given, strict=True))
 
 
 def _recorded(step: Step, example: tuple[Any, ...], capture: Capture) -> Step:
-    buffers = tree.map(torch.clone, _named(example))
+    buffers = tree.map(torch.clone, named(example))
     again, results = capture(lambda: step(*buffers.values()))
 
     def replay(*given: Any) -> Tree:
-        tree.map(lambda buffer, x: buffer.copy_(x), buffers, _named(given))
+        tree.map(lambda buffer, x: buffer.copy_(x), buffers, named(given))
         again()
         return tree.map(torch.clone, results)  # the next replay overwrites them
 

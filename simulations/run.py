@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import tree
-from fedtailor.config import BlockPath, Precision
+from fedtailor.config import BlockPath, Precision, Steps
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.population import Population
@@ -47,7 +47,7 @@ def simulate(
     workers: int = 1,
     device: str = "cpu",
     precision: Precision = "float32",
-    graphs: bool = False,
+    steps: Steps = "plain",
     ray: str | None = None,
     gpus: float = 0.0,
     checkpoint: Path | None = None,
@@ -74,7 +74,7 @@ def simulate(
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
         device: that clients are trained on, see :func:`fedtailor.simulations.hardware.device_of`.
         precision: how exactly models multiply, see :mod:`fedtailor.simulations.precision`.
-        graphs: replay a block's work as a CUDA graph, see :mod:`fedtailor.simulations.graphs`; on a CPU nothing changes.
+        steps: how a block's are done: see :mod:`fedtailor.simulations.compiled` and :mod:`fedtailor.simulations.graphs`.
         ray: ``local``, or a Ray cluster's address: Ray places the workers, one too. Each asks it for as many CPUs as torch
             has threads here, of which those on this machine get their share each.
         gpus: what each of these asks for beside.
@@ -99,7 +99,7 @@ def simulate(
         "population": population,
         "device": device,
         "precision": precision,
-        "graphs": graphs,
+        "steps": steps,
     }
     with multiplied(precision, plan.record is not None):
         study = prepare(plan, sources, **how, on_event=on_event)

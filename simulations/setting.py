@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
-from fedtailor.config import BlockPath, Precision, build
+from fedtailor.config import BlockPath, Precision, Steps, build
 from fedtailor.errors import ConfigError
 from fedtailor.policy import Policy
 from fedtailor.population import Population
@@ -19,10 +19,10 @@ from fedtailor.simulations.buffered import Clock, steps_within
 from fedtailor.simulations.clients import Clients, deal, epsilon_of, fills_of, sampling_of, sites
 from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, with_rows
+from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.devices import fleet
-from fedtailor.simulations.graphs import replaying
 from fedtailor.simulations.hardware import across, device_of, given, home_of, packed, placed, recipe_on
 from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, check_half, choose
@@ -59,7 +59,7 @@ class Setting(NamedTuple):
     device: torch.device  # that clients are trained on
     home: torch.device  # of the state
     precision: Precision
-    graphs: bool
+    steps: Steps
 
     def turn(self, round: int) -> Plan:
         """The plan with the sites whose turn it is."""
@@ -79,7 +79,7 @@ class Setting(NamedTuple):
             threads,
             str(self.device),
             self.precision,
-            self.graphs,
+            self.steps,
         )
         return Duty(whole, drawn, *how)
 
@@ -114,7 +114,7 @@ def prepare(
     population: Population | None,
     device: str = "cpu",
     precision: Precision = "float32",
-    graphs: bool = False,
+    steps: Steps = "plain",
     on_event: OnEvent,
 ) -> Setting:
     """Ask the sites, prepare their data and choose how they are trained; see :func:`fedtailor.simulations.run.simulate`."""
@@ -151,8 +151,7 @@ def prepare(
     together = gate is None and plan.buffer is None and large
     clip = None if plan.record is None else plan.record.clip
     task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together)._replace(half=precision == "bf16")
-    if graphs:
-        task = task._replace(replay=replaying(on, lambda why: on_event({"kind": "graphs", "why": why})))
+    task = task._replace(replay=replay_of(steps, on, feed, lambda why: on_event({"kind": "steps", "why": why})))
     trial = next((r for r in range(TRIES) if clients.asked(r)), None)
     if trial is None:
         raise ConfigError(
@@ -194,7 +193,7 @@ def prepare(
         on,
         home,
         precision,
-        graphs,
+        steps,
     )
 
 

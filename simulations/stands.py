@@ -56,6 +56,7 @@ class Tape:
     calls: list[Call] = field(default_factory=list)
     seed: Tensor | None = None  # [K]: each client's, for dropout
     draws: int = 0  # dropouts so far
+    looks: bool = True  # whether the pass may look at its own numbers
     careful: bool = False  # whether examples' gradients are measured in float64 from the start
     odd: Tensor | None = None  # []: not finite, where a length was not and nobody has looked
     arranged: bool = (

@@ -113,7 +113,7 @@ def followed(shown: Progress, name: str, experiment: "Experiment") -> "OnEvent":
             shown.update(task, completed=event["round"], said=f"{rate}{epsilon}")
         if event.get("kind") == "path" and event["why"]:
             shown.console.print(f"clients are trained by {event['path']}, {event['block']} at once: {event['why']}")
-        if event.get("kind") == "graphs":
+        if event.get("kind") == "steps":
             shown.console.print(event["why"])
 
     return on_event

@@ -136,7 +136,7 @@ def test_noise_that_the_host_draws_is_not_recorded():
 def test_what_python_remembers_would_be_seen():
     """The stand-in bakes a step's number in, as a graph does."""
     count = itertools.count()
-    step = replayed(lambda: lambda cast, *rest: {"x": cast["x"] + next(count)}, Counted(), pytest.fail)
+    step = replayed(lambda looks: lambda cast, *rest: {"x": cast["x"] + next(count)}, Counted(), pytest.fail)
     given = {"x": torch.zeros(1)}, {}, {}, torch.ones(1), torch.ones(1)
     assert [float(step(*given)["x"]) for _ in range(4)] == [0.0, 3.0, 3.0, 3.0]
 
@@ -162,7 +162,7 @@ def sized(n, value=1.0):
 def test_each_shape_has_its_recording_and_those_not_used_for_longest_go(monkeypatch):
     monkeypatch.setattr(graphs, "KEPT", 2)
     counted = Counted()
-    step = replayed(lambda: lambda cast, *rest: {"x": cast["x"] * 2}, counted, pytest.fail)
+    step = replayed(lambda looks: lambda cast, *rest: {"x": cast["x"] * 2}, counted, pytest.fail)
     made_up = []
     for n in (1, 1, 2, 2, 1, 3, 3, 1, 2):  # 2 goes when 3 comes, and is recorded again
         assert torch.equal(step(*sized(n, n))["x"], torch.full((n,), 2.0 * n))
@@ -177,7 +177,7 @@ def test_where_recording_fails_it_is_said_once_and_all_is_done_plainly():
         tried.append(1)
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
-    step = replayed(lambda: lambda cast, *rest: {"x": cast["x"] * 2}, broken, said.append)
+    step = replayed(lambda looks: lambda cast, *rest: {"x": cast["x"] * 2}, broken, said.append)
     for n in (1, 1, 1, 2, 2):
         assert torch.equal(step(*sized(n))["x"], torch.full((n,), 2.0))
     assert (
@@ -190,7 +190,7 @@ def test_want_of_memory_is_an_error_as_ever():
     def full(run):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    step = replayed(lambda: lambda cast, *rest: {}, full, pytest.fail)
+    step = replayed(lambda looks: lambda cast, *rest: {}, full, pytest.fail)
     step(*sized(1))
     with pytest.raises(torch.OutOfMemoryError):
         step(*sized(1))
@@ -200,7 +200,7 @@ def test_recordings_share_no_memory():
     """A room that a later shape gives up would still be written to by an earlier one's replays."""
     made_up = []
 
-    def make():
+    def make(looks):
         rooms = {}
         made_up.append(rooms)
         return lambda cast, *rest: {"x": cast["x"] + len(made_up)}
@@ -211,7 +211,7 @@ def test_recordings_share_no_memory():
     assert len(made_up) == 3
     recipe, given = rounds("wide", None, FED, many=2)
     made_up = []
-    block_train(recipe, FED, 0.3, replay=lambda make: made_up.extend(make() for _ in range(2)) or made_up[0])
+    block_train(recipe, FED, 0.3, replay=lambda make: made_up.extend(make(False) for _ in range(2)) or made_up[0])
     assert made_up[0].args[0] is not made_up[1].args[0], "a block's rooms"
     many = block_train(recipe, FED, 0.3, together=True, replay=recording(Counted()))
     small = [
@@ -226,7 +226,7 @@ def test_recordings_share_no_memory():
 def test_a_cpu_has_none(plan, sources):
     assert replaying(torch.device("cpu"), pytest.fail) is plainly
     assert replaying(torch.device("cuda"), pytest.fail) is not plainly
-    ends = [simulate(plan(), sources, graphs=graphs)[1] for graphs in (False, True)]
+    ends = [simulate(plan(), sources, steps=steps)[1] for steps in ("plain", "graphs")]
     assert all(torch.equal(p, ends[1][name]) for name, p in ends[0].items())
 
 
@@ -235,9 +235,9 @@ def test_a_cpu_has_none(plan, sources):
 def test_a_gpus_graphs_give_what_it_gives_without(plan, sources, privacy):
     said = []
     runs = [
-        simulate(plan(rounds=6, privacy=privacy), sources, device="cuda", graphs=graphs, on_event=said.append)[1]
-        for graphs in (False, True)
+        simulate(plan(rounds=6, privacy=privacy), sources, device="cuda", steps=steps, on_event=said.append)[1]
+        for steps in ("plain", "graphs")
     ]
     for name, p in runs[0].items():
         torch.testing.assert_close(p, runs[1][name], rtol=1e-5, atol=1e-6)
-    assert not [event for event in said if event["kind"] == "graphs"]
+    assert not [event for event in said if event["kind"] == "steps"]
