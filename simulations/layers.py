@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedtailor.simulations.products import few_and_long, inner
 from fedtailor.tree import Params
 
 
@@ -63,12 +64,15 @@ def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple
     weight, bias = weights["weight"], weights.get("bias")
     if isinstance(weight, Thin):
         rows = positions(x, clients)
-        moved = torch.bmm(torch.bmm(rows, weight.inputs.mT), weight.deltas).view(*x.shape[:-1], -1)
+        moved = torch.bmm(inner(rows, weight.inputs), weight.deltas).view(*x.shape[:-1], -1)
         z = F.linear(x, weight.start) - moved
         return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
+    rows = positions(x, clients)
+    if few_and_long(rows, weight):
+        z = inner(rows, weight.expand(clients, -1, -1))
+        return (z if bias is None else z.add_(bias[:, None])).view(*x.shape[:-1], -1), x.detach()
     if len(weight) == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()
-    rows = positions(x, clients)
     z = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
     return z.view(*x.shape[:-1], -1), x.detach()
 

@@ -1,0 +1,78 @@
+"""Products that are made aside: the same numbers, for few long rows only, and never behind the back of who writes down."""
+
+import pytest
+import torch
+from torch import nn
+
+from fedtailor import strategies, tree
+from fedtailor.recipe import Recipe
+from fedtailor.simulations import products
+from fedtailor.simulations.blocks import block_train
+from fedtailor.simulations.engine import vmapped
+from fedtailor.training import local_train, plain
+
+
+@pytest.fixture(autouse=True)
+def made_aside(monkeypatch):
+    """As on a processor where that is quicker; tells how often."""
+    monkeypatch.setattr(products, "_by_amd", lambda: True)
+    seen, aside = [], products._aside
+    monkeypatch.setattr(products, "_aside", lambda a, b: seen.append(tuple(a.shape)) or aside(a, b))
+    return seen
+
+
+@pytest.mark.parametrize("dtype,rtol", [(torch.float32, 1e-4), (torch.float64, 1e-12)])
+@pytest.mark.parametrize("rows,others,length", [(10, 10, 3072), (2, 3, 1024), (10, 128, 2000), (100, 7, 1025)])
+def test_inner_products_are_those_of_torch(made_aside, rows, others, length, dtype, rtol):
+    rng = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(5, n, length, generator=rng, dtype=dtype) for n in (rows, others))
+    wide = torch.randn(5, others + 3, length, generator=rng, dtype=dtype)
+    for given in (b, b[:1].expand(5, -1, -1), wide[:, 2 : others + 2]):  # shared by all, and a part of what lies wider
+        torch.testing.assert_close(products.inner(a, given), torch.bmm(a, given.mT), rtol=rtol, atol=1e3 * rtol)
+    assert len(made_aside) == 3
+
+
+def test_what_is_not_quicker_so_is_left_to_torch(made_aside, monkeypatch):
+    long, short, one = torch.zeros(2, 4, 1024), torch.zeros(2, 4, 1023), torch.zeros(2, 1, 1024)
+    many = torch.zeros(1, 1000, 1024)
+    for a, b in ((short, short), (one, long), (long, one), (many, many), (long.half(), long.half())):
+        assert not products.few_and_long(a, b)
+    assert not products.few_and_long(long.clone().requires_grad_(), long) and products.few_and_long(long, long)
+    monkeypatch.setattr(products, "_by_amd", lambda: False)
+    assert not products.few_and_long(long, long) and not made_aside
+
+
+def test_who_writes_operations_down_sees_them():
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    a, b, other = torch.randn(2, 3, 1024), torch.randn(2, 4, 1024), torch.randn(2, 3, 1024)
+    written = make_fx(products.inner)(a, b)
+    torch.testing.assert_close(written(other, b), torch.bmm(other, b.mT), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("hidden", [2, 40])
+def test_a_block_with_long_rows_learns_what_one_client_after_another_does(made_aside, hidden, bias, together):
+    """With 40 hidden units and a sum in one go, the clients' own weights are never made."""
+    clients, steps, batch, length = 7, 3, 4, 1100
+    rng = torch.Generator().manual_seed(1)
+    model = lambda: nn.Sequential(nn.Linear(length, hidden, bias=bias), nn.Tanh(), nn.Linear(hidden, 3)).double()  # noqa: E731
+    losses = lambda out, y: nn.functional.cross_entropy(out, y, reduction="none")  # noqa: E731
+    recipe = Recipe("long", None, model, losses, None)
+    params = {name: torch.randn(p.shape, generator=rng, dtype=p.dtype) / 30 for name, p in model().named_parameters()}
+    batches = {
+        "x": torch.randn(clients, steps, batch, length, generator=rng, dtype=torch.double),
+        "y": torch.randint(3, (clients, steps, batch), generator=rng),
+        "live": torch.ones(clients, steps, batch),
+        "scale": torch.full((clients, steps), 1 / batch),
+    }
+    module, fed = model(), strategies.fedavg()
+    each = lambda p, x, y: losses(torch.func.functional_call(module, p, (x,)), y)  # noqa: E731
+    given = {"params": params}, {}, batches, torch.ones(clients, steps), torch.full((clients,), 12.0)
+    alone = vmapped(local_train(plain(each), fed, 0.3))(*given)[0]
+    found = block_train(recipe, fed, 0.3, together=together)(*given)[0]
+    for name, expected in tree.flatten(alone).items():
+        total, mine = expected.sum(0), tree.flatten(found)[name].sum(0)
+        torch.testing.assert_close(mine, total, rtol=1e-10, atol=1e-12)
+    assert len(made_aside) >= steps
