@@ -177,10 +177,7 @@ def peer(folder: Path, package: str) -> Path:
         subprocess.run(
             [python, "-m", "pip", "install", "--quiet", f"torch=={torch.__version__.split('+')[0]}"], check=True
         )
-        subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", package],
-            check=True,
-        )
+        subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=True)
     return python
 
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtailor.simulations.layers import Kind
+from fedtailor.simulations.products import multiply
 from fedtailor.tree import Params
 
 CACHED = 1 << 19  # numbers of images' patches that are made at once: what a processor's cache holds
@@ -102,7 +103,7 @@ def _of_each_image(layer: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
     found = x.new_empty(count, layer.weight[0].numel(), outputs)
     for part in (slice(first, first + at_once) for first in range(0, count, at_once)):
         some = patches[part].reshape(-1, found.shape[1], deltas.shape[1])
-        torch.bmm(some, deltas[part], out=found[part])
+        multiply(some, deltas[part], found[part])
     return found.mT.view(count, *layer.weight.shape)
 
 

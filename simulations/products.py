@@ -1,7 +1,8 @@
-"""Products of a few long rows by a few others, which MKL, torch's library for them, does slowly on AMD's processors.
+"""Many small products at once, which MKL, torch's library for them, does slowly on AMD's processors.
 
-A linear layer's outputs for a small batch of images are such, and so are the inner products of a client's images. numpy
-comes with OpenBLAS, which has kernels of its own for small products: 1.5 to 3 times as fast there, measured on an EPYC.
+A linear layer's outputs for a small batch of images are such (few long rows by a few others), and so are the gradients of
+every image's convolution. numpy comes with OpenBLAS, which has kernels of its own for small products: 1.5 to 3 times as
+fast there for the former, 1.4 to 10 times for the latter, measured on an EPYC.
 """
 
 from functools import lru_cache
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 MOST = 10**6  # multiplications of one product that OpenBLAS takes for small
@@ -17,7 +19,19 @@ LONG = 1024  # numbers of a row that make up for the way there and back
 
 def inner(a: Tensor, b: Tensor) -> Tensor:
     """``[K, M, D]`` and ``[K, N, D]`` to the inner products ``[K, M, N]`` of their rows."""
-    return _aside(a, b) if few_and_long(a, b) else torch.bmm(a, b.mT)
+    if not few_and_long(a, b):
+        return torch.bmm(a, b.mT)
+    out = a.new_empty(a.shape[0], a.shape[1], b.shape[1])
+    _aside(a, b.mT, out, MOST // a[0].numel())
+    return out
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """``[K, M, D]`` times ``[K, D, N]`` into ``out [K, M, N]``: of every image's patches and gradients, say."""
+    if _here(a) and not (a.requires_grad or b.requires_grad):
+        _aside(a, b, out, b.shape[2])
+    else:
+        torch.bmm(a, b, out=out)
 
 
 def few_and_long(a: Tensor, b: Tensor) -> bool:
@@ -25,28 +39,34 @@ def few_and_long(a: Tensor, b: Tensor) -> bool:
     rows, others, length = a.shape[1], b.shape[1], a.shape[2]
     if length < LONG or min(rows, others) < 2 or rows * length * 2 > MOST or a.requires_grad or b.requires_grad:
         return False
-    return a.device.type == "cpu" and a.dtype in (torch.float32, torch.float64) and _by_amd()
+    return _here(a)
 
 
-@torch.library.custom_op("fedtailor::inner", mutates_args=())
-def _aside(a: Tensor, b: Tensor) -> Tensor:  # an operation of torch's, so that who writes operations down sees it
-    x, y = a.numpy(), b.numpy().swapaxes(1, 2)
-    out = np.empty((*x.shape[:2], y.shape[2]), x.dtype)
-    step = MOST // (x.shape[1] * x.shape[2])
-    for first in range(0, y.shape[2], step):
-        part = slice(first, first + step)
-        np.matmul(x, y[:, :, part], out=out[:, :, part])
-    return torch.from_numpy(out)
+def _here(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _openblas() is not None
+
+
+@torch.library.custom_op("fedtailor::multiply", mutates_args={"out"})
+def _aside(a: Tensor, b: Tensor, out: Tensor, columns: int) -> None:
+    """``columns`` of a product at a time. An operation of torch's, so that who writes operations down sees it."""
+    library = _openblas()
+    assert library is not None
+    with library.limit(limits=1):  # a second thread has nothing to win in a small product, and waits busily
+        for part in (slice(first, first + columns) for first in range(0, b.shape[2], columns)):
+            np.matmul(a.numpy(), b.numpy()[:, :, part], out=out.numpy()[:, :, part])
 
 
 @_aside.register_fake
-def _(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(a.shape[0], a.shape[1], b.shape[1])
+def _(a: Tensor, b: Tensor, out: Tensor, columns: int) -> None:
+    return None
 
 
 @lru_cache(maxsize=1)
-def _by_amd() -> bool:
+def _openblas() -> ThreadpoolController | None:
+    """numpy's library where it is OpenBLAS and the processor is AMD's."""
     try:
-        return "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
+        amd = "AuthenticAMD" in Path("/proc/cpuinfo").read_text()
     except OSError:
-        return False
+        return None
+    found = ThreadpoolController().select(internal_api="openblas")
+    return found if amd and found.info() else None
