@@ -170,7 +170,12 @@ def plausible(flat: dict[str, torch.Tensor]) -> None:
 def size_limit(spec: Spec) -> int:
     """The most bytes that a payload of this spec may have: its tensors and a generous safetensors header."""
     tensors = sum(torch.empty(0, dtype=dtype).element_size() * _count(shape) for dtype, shape in spec.values())
-    return tensors + 4096 + 512 * len(spec)
+    return tensors + header_limit(spec)
+
+
+def header_limit(spec: Spec) -> int:
+    """The most bytes of that header: parsed, it takes many times as much memory as it has bytes."""
+    return 4096 + 512 * len(spec)
 
 
 def length(flat: Flat) -> float:

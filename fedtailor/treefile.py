@@ -123,12 +123,18 @@ def opened(path: Path) -> TreeFile:
     return made
 
 
-def received(path: Path) -> TreeFile:
+def received(path: Path, most: int) -> TreeFile:
     """A safetensors file of somebody else's; its tensors are not looked at.
+
+    Args:
+        most: bytes of its header.
 
     Raises:
         SafetensorError, OSError, ValueError: if it is none.
     """
+    with path.open("rb") as file:
+        if (length := int.from_bytes(file.read(8), "little")) > most:
+            raise ValueError(f"a header of {length} bytes; at most {most}")
     with safe_open(path, framework="pt"):
         pass  # the library's own checks: no overlaps, no gaps, nothing else within
     return _parsed(path.open("rb", buffering=0))

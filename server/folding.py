@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fedtailor import packing, tree
 from fedtailor.errors import ConfigError, WireError
-from fedtailor.leaving import Leaving
+from fedtailor.leaving import Leaving, header_limit
 from fedtailor.privacy.site_level import within_bound
 from fedtailor.server import slicewise
 from fedtailor.server.rounds import Answer
@@ -149,7 +149,8 @@ def open_summand(answer: Answer, visit: Visit, leaves: Leaving) -> Flat:
     if answer.digest != report.summand_sha256:
         raise WireError("a payload that is not the one its report names", code="digest")
     try:
-        summand: Flat = _unpacked(path, leaves.spec() if visit.train else {}) if leaves.packed else received(path)
+        spec = leaves.spec() if visit.train else {}
+        summand: Flat = _unpacked(path, spec) if leaves.packed else received(path, header_limit(spec))
     except (SafetensorError, OSError, ValueError, KeyError) as error:
         raise WireError("a payload that is not safetensors", code="format") from error
     leaves.check(summand, train=visit.train)

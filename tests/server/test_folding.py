@@ -79,6 +79,13 @@ def test_a_bad_answer_is_dropped_by_its_code_and_changes_nothing(tmp_path, what)
     assert folded(tmp_path, ("bad", *BAD[what])).acc is None
 
 
+def test_a_header_that_is_longer_than_agreed_tensors_need_is_not_parsed(tmp_path, monkeypatch):
+    """Millions of names in it would take a coordinator's memory before one is compared."""
+    names = {f"{n:04}": torch.zeros(0) for n in range(200)}
+    monkeypatch.setattr("fedtailor.treefile.safe_open", lambda *_, **__: pytest.fail("it was parsed"))
+    assert folded(tmp_path, ("bad", save(SUMMAND | names), {})).dropped == {"bad": "format"}
+
+
 PACKED = LEAVES.model_copy(update={"packed": True})
 
 
