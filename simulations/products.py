@@ -14,6 +14,7 @@ from threadpoolctl import ThreadpoolController  # type: ignore[import-untyped]
 from torch import Tensor
 
 MOST = 10**6  # multiplications of one product that OpenBLAS takes for small
+THREADS = 2  # of torch's; more of them share out a batch's products, and win against one of numpy's
 LONG = 1024  # numbers of a row that make up for the way there and back
 
 
@@ -43,6 +44,8 @@ def few_and_long(a: Tensor, b: Tensor) -> bool:
 
 
 def _here(x: Tensor) -> bool:
+    if torch.get_num_threads() > THREADS:
+        return False
     return x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64) and _openblas() is not None
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import secrets
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,11 @@ from fedtailor import packing, strategies, tree, treefile, wire
 from fedtailor.config import load
 from fedtailor.errors import ConfigError
 from fedtailor.leaving import Leaving, Tensor
+from fedtailor.server import slicewise
 from fedtailor.server.folding import advance, close_round, counted
+from fedtailor.server.record import Progress
 from fedtailor.server.rounds import Answer
+from fedtailor.server.runs import Run
 from fedtailor.treefile import TreeFile
 from fedtailor.wire import Report, Visit
 
@@ -212,3 +216,27 @@ def test_a_private_answer_beyond_the_rounds_clip_does_not_count(tmp_path, change
     bare = leaves.model_copy(update={"tensors": tensors[:2]})
     close_round(strategies.fedavg(), VISIT, bare, stream(tmp_path, ("b", fixed, {})), told.append, clip=1.0)
     assert [answer.code for answer in told] == [code, None if "within" in changed else code]
+
+
+def test_what_is_not_finite_in_slices_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
+    """Found in the last slice, when all others are in the draft."""
+    monkeypatch.setattr(treefile, "SLICE", 2)
+    (tmp_path / "in").mkdir()
+    run, fedavg = Run.create(tmp_path / "studies", PLAN, "", str), strategies.fedavg()
+    run.save(fedavg.init({"w": torch.ones(5)}), Progress(), PLAN.digest())
+    before = (run.folder / "checkpoint.safetensors").read_bytes()
+    delta = torch.tensor([1.0, 1.0, 1.0, 1.0, float("inf")])
+    for last, code in ((delta, "diverged"), (torch.ones(5), None)):
+        summand = {"delta/w": last, "weight": torch.tensor(2.0)}
+        acc = slicewise.add(fedavg.reduce, None, summand, 1.0, tmp_path / "in")
+
+        write = partial(slicewise.advance, fedavg, acc, round=3, like=tree.unflatten(summand))
+        if code is None:
+            run.step(write, Progress(round=1), PLAN.digest())
+            continue
+        with pytest.raises(ConfigError, match="round 3: the model is no longer finite") as caught:
+            run.step(write, Progress(round=1), PLAN.digest())
+        assert caught.value.code == code and (run.folder / "checkpoint.safetensors").read_bytes() == before
+        assert not [path for path in run.folder.iterdir() if path.name.startswith(".")]
+    state, progress = run.load(PLAN.digest())
+    assert progress.round == 1 and torch.equal(state["params"]["w"], torch.full((5,), 1.5))

@@ -20,6 +20,7 @@ def made_aside(monkeypatch):
     if not library.info():
         pytest.skip("numpy's library is not OpenBLAS")
     monkeypatch.setattr(products, "_openblas", lambda: library)
+    monkeypatch.setattr(products, "THREADS", torch.get_num_threads())
     seen, aside = [], products._aside
     monkeypatch.setattr(products, "_aside", lambda a, *rest: seen.append(tuple(a.shape)) or aside(a, *rest))
     return seen
@@ -42,6 +43,9 @@ def test_what_is_not_quicker_so_is_left_to_torch(made_aside, monkeypatch):
     for a, b in ((short, short), (one, long), (long, one), (many, many), (long.half(), long.half())):
         assert not products.few_and_long(a, b)
     assert not products.few_and_long(long.clone().requires_grad_(), long) and products.few_and_long(long, long)
+    monkeypatch.setattr(products, "THREADS", torch.get_num_threads() - 1)
+    assert not products.few_and_long(long, long)
+    monkeypatch.setattr(products, "THREADS", torch.get_num_threads())
     monkeypatch.setattr(products, "_openblas", lambda: None)
     assert not products.few_and_long(long, long) and not made_aside
 
