@@ -30,9 +30,9 @@ from safetensors.torch import save
 
 from fedtailor import strategies, wire
 from fedtailor.leaving import Leaving, Tensor, size_limit
-from fedtailor.server.coordinator import give_memory_back
 from fedtailor.server.folding import close_round
 from fedtailor.server.listener import Bell
+from fedtailor.server.memory import give_memory_back
 from fedtailor.server.rounds import answers
 from fedtailor.server.superlink import Node, Reply
 from fedtailor.wire import Report, Visit

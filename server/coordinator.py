@@ -1,6 +1,5 @@
 """The coordinator: one process that listens to sites, runs studies one after another, and obeys its operator."""
 
-import ctypes
 import functools
 import gc
 import json
@@ -27,6 +26,7 @@ from fedtailor.server import renewal, roster, withdrawals
 from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
+from fedtailor.server.memory import drop_code, give_memory_back
 from fedtailor.server.noise import forget
 from fedtailor.server.runs import DONE, Run
 from fedtailor.server.studies import execute, propose
@@ -36,20 +36,6 @@ from fedtailor.server.vouching import Heads
 from fedtailor.study import Plan
 
 log = logging.getLogger("fedtailor.server")
-
-
-def give_memory_back() -> None:
-    """Have large blocks returned to the system when they are freed.
-
-    Chunks of 5 MiB pass through dozens of threads. By default glibc keeps what each of them frees in an arena of its
-    own, and the process grows to many times the model.
-    """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-3, 256 * 1024)  # M_MMAP_THRESHOLD: blocks from here on are mapped, and unmapped when freed
-        libc.mallopt(-8, 2)  # M_ARENA_MAX
-    except (OSError, AttributeError):
-        pass  # another C library: it will do as it does
 
 
 class Coordinator:
@@ -96,6 +82,7 @@ class Coordinator:
             import fedtailor.recipes  # here, not when the first study is submitted
             import fedtailor.strategies  # noqa: F401
 
+            drop_code()
             gc.collect()
             gc.freeze()  # what is loaded by now stays: later sweeps need not look at it
             try:

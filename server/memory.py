@@ -1,0 +1,57 @@
+"""What the coordinator's process hands back to the system: freed blocks, and code that only its start needed."""
+
+import ctypes
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+_RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (r-[x-]p) \S+ \S+ \S+ +/")  # a file's pages, which nobody may write to
+_M_MMAP_THRESHOLD, _M_ARENA_MAX, _MADV_DONTNEED = -3, -8, 4
+
+
+def give_memory_back() -> None:
+    """Have large blocks returned to the system when they are freed.
+
+    Chunks of 5 MiB pass through dozens of threads. By default glibc keeps what each of them frees in an arena of its
+    own, and the process grows to many times the model.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_M_MMAP_THRESHOLD, 256 * 1024)  # blocks from here on are mapped, and unmapped when freed
+        libc.mallopt(_M_ARENA_MAX, 2)
+    except (OSError, AttributeError):
+        pass  # another C library: it will do as it does
+
+
+def drop_code() -> None:
+    """Let go of the pages of libraries that were read so far; what is still needed is read again when it is used.
+
+    Two thirds of them ran once: torch registers its thousands of operators when it is imported, and never looks at that
+    code again. The pages stay in the system's file cache as long as there is room, so that coming back costs no disk.
+    """
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+        with Path("/proc/self/smaps").open() as lines:
+            for begin, end in list(unwritten(lines)):
+                libc.madvise(begin, end - begin, _MADV_DONTNEED)
+    except (OSError, AttributeError):
+        pass  # another system: it will do as it does
+
+
+def unwritten(smaps: Iterable[str]) -> Iterator[tuple[int, int]]:
+    """Where pages of files lie that are read-only and as they are in the file, by the text of /proc/PID/smaps.
+
+    A library's tables of addresses are read-only as well, but filled in when it is loaded: they count as anonymous,
+    and would be lost.
+    """
+    here: tuple[int, int] | None = None
+    for line in smaps:
+        if found := _RANGE.match(line):
+            here = int(found[1], 16), int(found[2], 16)
+        elif "-" in line.split(" ", 1)[0]:
+            here = None
+        elif here and line.startswith("Anonymous:"):
+            if line.split()[1] == "0":
+                yield here
+            here = None
