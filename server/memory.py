@@ -12,7 +12,7 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX, _MADV_DONTNEED = -3, -8, 4
 def give_memory_back() -> None:
     """Have large blocks returned to the system when they are freed.
 
-    Chunks of 5 MiB pass through dozens of threads. By default glibc keeps what each of them frees in an arena of its
+    Chunks of megabytes pass through dozens of threads. By default glibc keeps what each of them frees in an arena of its
     own, and the process grows to many times the model.
     """
     try:

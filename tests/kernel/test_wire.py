@@ -73,7 +73,7 @@ def head_in(shelf):
 
 @pytest.mark.parametrize(
     "size",
-    [0, 1, wire.INLINE, wire.INLINE + 1, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE * 2 + 3],
+    [0, 1, wire.INLINE, wire.INLINE + 1, wire.CHUNK, FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE * 2 + 3],
 )
 def test_what_is_poured_is_what_flowers_own_functions_inflate(size):
     payload = secrets.token_bytes(size)
@@ -86,8 +86,7 @@ def test_what_is_poured_is_what_flowers_own_functions_inflate(size):
 
 
 def test_a_large_payload_comes_in_chunks_and_is_read_in_the_order_of_its_data():
-    assert FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE == 5 * MB
-    parts = [bytes([n]) * (5 * MB) for n in (3, 1, 2)]
+    parts = [bytes([n]) * wire.CHUNK for n in (3, 1, 2)]
     for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 1]):
         payload = b"".join(parts[i] for i in order) + b"tail"
         root, shelf = shelved(wire.record(Note(text="x"), payload))
@@ -100,7 +99,7 @@ def test_one_chunk_is_in_memory_at_a_time():
     root, shelf = shelved(wire.record(Note(text="x"), secrets.token_bytes(12 * MB)))
     pieces = []
     wire.pour(root, shelf.__getitem__, SimpleNamespace(write=lambda piece: pieces.append(len(piece))), 12 * MB)
-    assert pieces == [5 * MB, 5 * MB, 2 * MB]
+    assert pieces == [wire.CHUNK] * 4 and 4 * wire.CHUNK == 12 * MB
 
 
 # --- limits ---
@@ -116,7 +115,7 @@ def test_an_oversized_payload_is_never_written_beyond_the_limit():
     root, shelf = shelved(wire.record(Note(text="x"), secrets.token_bytes(12 * MB)))
     with pytest.raises(WireError):
         wire.pour(root, shelf.__getitem__, sink := io.BytesIO(), 6 * MB)
-    assert len(sink.getvalue()) == 5 * MB
+    assert len(sink.getvalue()) == 6 * MB == 2 * wire.CHUNK
 
 
 def test_an_oversized_head_is_refused():
@@ -268,3 +267,12 @@ def test_a_summand_is_what_local_training_really_reports(va, name, privacy):
     assert leaving.spec_of(like) == leaving.spec_of(work.summand)
     assert len(save({k: v.contiguous() for k, v in tree.flatten(work.summand).items()})) <= leaving.size_limit(leaving.spec_of(like))  # fmt: skip
     assert all(x.untyped_storage().nbytes() <= 8 for x in tree.leaves(like))  # shapes only
+
+
+def test_flowers_own_larger_chunks_are_read_too():
+    array = Array(dtype="uint8", shape=(11 * MB,), stype=wire.STYPE, data=(payload := secrets.token_bytes(11 * MB)))
+    record = ArrayRecord()
+    record[wire.STYPE] = array
+    root, shelf = shelved(wire.record(Note(text="x"), record))
+    assert max(len(content) for content in shelf.values()) > wire.CHUNK
+    assert poured(root, shelf, len(payload))[1] == payload
