@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedtailor.simulations.layers import Kind
-from fedtailor.simulations.products import multiply
+from fedtailor.simulations.products import multiply, shiftable, shifted
 from fedtailor.tree import Params
 
 CACHED = 1 << 19  # numbers of images' patches that are made at once: what a processor's cache holds
@@ -70,7 +70,7 @@ def _gradient(layer: nn.Conv2d, x: Tensor, delta: Tensor, clients: int) -> Param
     )  # of the weight, only its shape is asked for
     how = like, None, layer.stride, _padding(layer), layer.dilation, False, none, groups, [False, True, False]
     backward = torch.ops.aten.convolution_backward
-    if batch == 1 and one_by_one and _innermost(x) and layer.groups == 1:
+    if batch == 1 and one_by_one and innermost(x) and layer.groups == 1:
         weight = _of_each_image(layer, x, delta)
     elif one_by_one:
         each = zip(torch.split(x, batch), torch.split(delta, batch), strict=True)
@@ -83,12 +83,15 @@ def _gradient(layer: nn.Conv2d, x: Tensor, delta: Tensor, clients: int) -> Param
     return found
 
 
-def _innermost(x: Tensor) -> bool:
+def innermost(x: Tensor) -> bool:
+    """Whether images' channels are innermost, and images are larger than a point."""
     return x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
 
 
 def _of_each_image(layer: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
-    """Every image's gradient of the weight, as the product of its patches and of the gradient of what they made."""
+    """Every image's gradient of the weight: products of what its pixels were and of what they made, or of patches."""
+    if tuple(layer.stride) == (1, 1) and shiftable(x):
+        return _by_shifts(layer, x, delta)
     (up, left), (down, right) = _padding(layer), layer.dilation
     images = F.pad(x.contiguous(), (left, left, up, up))
     of_image, of_channel, of_row, of_column = images.stride()
@@ -99,12 +102,24 @@ def _of_each_image(layer: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
         (of_image, of_channel, of_row * down, of_column * right, *across),
     )
     deltas = delta.permute(0, 2, 3, 1).reshape(count, -1, outputs)
-    at_once = max(1, CACHED // patches[0].numel())
-    found = x.new_empty(count, layer.weight[0].numel(), outputs)
-    for part in (slice(first, first + at_once) for first in range(0, count, at_once)):
-        some = patches[part].reshape(-1, found.shape[1], deltas.shape[1])
-        multiply(some, deltas[part], found[part])
+    at_once = min(max(1, CACHED // patches[0].numel()), count)
+    found, some = x.new_empty(count, layer.weight[0].numel(), outputs), x.new_empty(at_once, *patches.shape[1:])
+    for first in range(0, count, at_once):
+        part = slice(first, first + at_once)
+        here = some[: len(deltas[part])].copy_(patches[part])
+        multiply(here.view(len(here), found.shape[1], -1), deltas[part], found[part])
     return found.mT.view(count, *layer.weight.shape)
+
+
+def _by_shifts(layer: nn.Conv2d, x: Tensor, delta: Tensor) -> Tensor:
+    (up, left), (down, right), (tall, wide) = _padding(layer), layer.dilation, layer.kernel_size
+    images = F.pad(x.permute(0, 2, 3, 1), (0, 0, left, left, up, up))
+    width, short = images.shape[2], images.shape[2] - delta.shape[3]
+    deltas = F.pad(delta.permute(0, 2, 3, 1), (0, 0, 0, short)).flatten(1, 2)
+    deltas = deltas[:, : deltas.shape[1] - short]
+    offsets = [row * down * width + column * right for row in range(tall) for column in range(wide)]
+    made = shifted(images.flatten(1, 2), deltas, offsets)
+    return made.view(len(x), tall, wide, *made.shape[2:]).permute(0, 4, 3, 1, 2)
 
 
 def unfit(layer: Any) -> str | None:

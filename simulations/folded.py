@@ -10,7 +10,7 @@ from fedtailor.recipe import Recipe
 from fedtailor.simulations import convolutions, recurrent
 from fedtailor.simulations.convolutions import CONVOLUTION
 from fedtailor.simulations.layers import EMBEDDING, GROUP_NORM, LAYER_NORM, LINEAR, RMS_NORM, Kind
-from fedtailor.simulations.stands import Dropout, Layer, NotBatchable, Stand, Tape
+from fedtailor.simulations.stands import Dropout, Layer, NotBatchable, Pool, Sequence, Stand, Tape
 from fedtailor.tree import Params
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -70,6 +70,10 @@ def folded(recipe: Recipe) -> Folded:
             raise NotBatchable(f"{name}: {type(part).__name__} mixes the examples of a batch")
         if type(part) is nn.Dropout:
             stands[part] = Dropout(part.p, tape)
+        if type(part) is nn.MaxPool2d and not part.return_indices:
+            stands[part] = Pool(part)
+        if type(part) is nn.Sequential:
+            part.__class__ = Sequence
         if getattr(part, "inplace", False):
             part.inplace = False  # it would change what a gradient is taken of
         for own, p in part.named_parameters(recurse=False):

@@ -80,6 +80,36 @@ class Stand(nn.Module):
         return z
 
 
+class Pool(nn.Module):
+    """Stands for a pooling whose gradient comes as its images lie; torch would copy them to and fro otherwise."""
+
+    def __init__(self, pool: nn.MaxPool2d) -> None:
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        z: Tensor = self.pool(x)
+        if z.requires_grad and convolutions.innermost(x):
+            z.register_hook(convolutions.arranged)  # type: ignore[no-untyped-call]
+        return z
+
+
+class Sequence(nn.Sequential):
+    """Pools before it rectifies: the greatest of some numbers is found sooner than each of them made positive.
+
+    Outputs and gradients are the same, bit for bit: where the greatest is not positive, both are zero.
+    """
+
+    def forward(self, x: Any) -> Any:
+        parts = list(self)
+        for i, (one, then) in enumerate(zip(parts, parts[1:], strict=False)):
+            if type(one) is nn.ReLU and type(then) is Pool:
+                parts[i : i + 2] = [then, one]
+        for part in parts:
+            x = part(x)
+        return x
+
+
 class Dropout(nn.Module):
     """Dropout whose choices are keyed by client, step and example: neither the block nor its padding shows."""
 

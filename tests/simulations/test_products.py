@@ -7,8 +7,9 @@ from torch import nn
 
 from fedtailor import strategies, tree
 from fedtailor.recipe import Recipe
-from fedtailor.simulations import products
+from fedtailor.simulations import convolutions, products
 from fedtailor.simulations.blocks import block_train
+from fedtailor.simulations.convolutions import CONVOLUTION
 from fedtailor.simulations.engine import vmapped
 from fedtailor.training import local_train, plain
 
@@ -56,6 +57,33 @@ def test_who_writes_operations_down_sees_them():
     a, b, other = torch.randn(2, 3, 1024), torch.randn(2, 4, 1024), torch.randn(2, 3, 1024)
     written = make_fx(products.inner)(a, b)
     torch.testing.assert_close(written(other, b), torch.bmm(other, b.mT), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "channels,size,kernel,padding,dilation",
+    [(4, (6, 5), 3, 1, 1), (5, (7, 9), (3, 2), (1, 0), (1, 2)), (4, (8, 8), 5, 0, 1), (8, (4, 4), 3, 2, 2), (4, (3, 6), 1, 0, 1)],
+)  # fmt: skip
+def test_a_convolutions_gradients_by_shifts_are_autograds(monkeypatch, channels, size, kernel, padding, dilation):
+    layer = nn.Conv2d(channels, 6, kernel, padding=padding, dilation=dilation).double()
+    x = torch.randn(7, channels, *size, dtype=torch.double).contiguous(memory_format=torch.channels_last)
+    delta = torch.randn_like(layer(x)).contiguous(memory_format=torch.channels_last)
+    apart = [torch.autograd.grad(layer(x[i : i + 1]), layer.weight, delta[i : i + 1])[0] for i in range(7)]
+    seen, by_shifts = [], convolutions.shifted
+    monkeypatch.setattr(convolutions, "shifted", lambda *given: seen.append(1) or by_shifts(*given))
+    monkeypatch.setattr(products, "NEAR", 500)  # so that images come in several parts
+    found = CONVOLUTION.gradient(layer, x, delta, 7)["weight"]
+    torch.testing.assert_close(found, torch.stack(apart), rtol=1e-12, atol=1e-12)
+    monkeypatch.setattr(products, "CHANNELS", channels + 1)
+    torch.testing.assert_close(CONVOLUTION.gradient(layer, x, delta, 7)["weight"], found, rtol=1e-12, atol=1e-12)
+    assert seen == [1]
+
+
+def test_a_convolution_with_strides_is_left_to_patches(made_aside, monkeypatch):
+    monkeypatch.setattr(convolutions, "shifted", None)
+    layer = nn.Conv2d(4, 3, 3, stride=2)
+    x = torch.randn(2, 4, 9, 9).contiguous(memory_format=torch.channels_last)
+    CONVOLUTION.gradient(layer, x, torch.randn_like(layer(x)), 2)
+    assert made_aside
 
 
 @pytest.mark.parametrize("together", [False, True])
