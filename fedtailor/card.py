@@ -85,9 +85,8 @@ def _recipe(result: Result, plan: Plan) -> list[str]:
     used = {"recipe": plan.recipe, "strategy": plan.strategy}
     spec = yaml.safe_dump({k: v.model_dump(mode="json", by_alias=True) for k, v in used.items()}, sort_keys=False)
     local, of = plan.local, result.population
-    who = "every site" if of is None else f"some {of['cohort']} of {of['clients']} virtual clients"
     return [
-        f"{result.rounds} of {plan.rounds} rounds; in each, {who} took {local.steps} steps, each on a random "
+        f"{result.rounds} of {plan.rounds} rounds{_asked(plan, of)} took {local.steps} steps, each on a random "
         f"{100 * local.rate:g} % of its training rows{_dealt(of)}, at learning rate {local.lr:g}. Seed {result.seed}, engine "
         f"`{result.engine}`, {_transport(result)}.",
         "",
@@ -97,6 +96,19 @@ def _recipe(result: Result, plan: Plan) -> list[str]:
         "",
         f"The whole plan is in `config.yaml`; its SHA-256 is `{plan.digest()}`.",
     ]
+
+
+def _asked(plan: Plan, of: dict[str, Any] | None) -> str:
+    """Who worked in a round."""
+    many = {} if of is None else of
+    if plan.buffer is None:
+        who = f"some {many['cohort']} of {many['clients']} virtual clients" if many else "every site"
+        return f"; in each, {who}"
+    answers = many.get("answers") or plan.buffer.answers
+    who = f"one of {many['clients']} virtual clients, {many['cohort']} at a time," if many else "a site"
+    return (
+        f", each closed by {answers} answers or its deadline, some of them to an earlier round's model; for each, {who}"
+    )
 
 
 def _dealt(of: dict[str, Any] | None) -> str:

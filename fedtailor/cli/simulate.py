@@ -57,6 +57,7 @@ def simulate(
         raise ConfigError("--launcher, --jobs and --submitit are for a sweep; add -m")
     from fedtailor.config import load
     from fedtailor.report import console_table
+    from fedtailor.store import alone
 
     experiment = load(overrides or [])
     if resume and experiment.simulation.engine == "flower":
@@ -65,7 +66,7 @@ def simulate(
             "simulation.engine=block"
         )
     folder = out or Path("outputs") / "simulate" / experiment.plan.study
-    with progress() as shown:
+    with alone(folder), progress() as shown:
         if (folder / CHECKPOINT).exists() and not resume:
             shown.console.print(f"{folder} holds an interrupted run, which this one replaces; --resume goes on with it")
         done = completed(experiment, folder, resume, followed(shown, experiment.plan.study, experiment))

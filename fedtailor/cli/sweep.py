@@ -73,16 +73,17 @@ def ran(overrides: list[str], folder: str, resume: bool, follow: "Follow | None"
     Args:
         follow: makes of a run's name and settings what is told of its rounds; None: nobody is.
     """
-    from fedtailor import config
+    from fedtailor import config, store
 
     path = Path(folder)
     try:
-        if not resume:
-            (path / "result.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
-        experiment = config.load(overrides)
-        if not done_before(path, experiment):
-            (path / "result.json").unlink(missing_ok=True)
-            completed(experiment, path, resume, follow(path.name, experiment) if follow else lambda event: None)
+        with store.alone(path):
+            if not resume:
+                (path / "result.json").unlink(missing_ok=True)  # an earlier run's would pass for this one's
+            experiment = config.load(overrides)
+            if not done_before(path, experiment):
+                (path / "result.json").unlink(missing_ok=True)
+                completed(experiment, path, resume, follow(path.name, experiment) if follow else lambda event: None)
     except FedtailorError as failure:
         return str(failure)
     except Exception as failure:  # what one combination breaks must not take the others along

@@ -201,6 +201,15 @@ def test_the_card_of_a_population_promises_nothing_to_a_deployments_sites():
     assert every in model_card(made(), PLAN) and "virtual" not in model_card(made(), PLAN)
 
 
+def test_the_card_of_rounds_that_wait_for_nobody_says_so():
+    plan = load(["study=heart", "buffer={answers: 2}", "quorum=1"]).plan
+    assert "rounds, each closed by 2 answers or its deadline" in model_card(made(), plan)
+    assert "; for each, a site took" in model_card(made(), plan)
+    of = {"partition": "drawn", "clients": 1000, "cohort": 30, "answers": 20}
+    text = model_card(made(engine="simulation", transport=None, population=of), plan)
+    assert "each closed by 20 answers" in text and "for each, one of 1000 virtual clients, 30 at a time, took" in text
+
+
 def test_without_privacy_none_is_claimed():
     result = made(privacy=None, sites={"va": site(epsilon=None)})
     assert "**No differential privacy.**" in model_card(result, PLAN) and "-differential" not in model_card(

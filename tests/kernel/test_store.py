@@ -248,3 +248,21 @@ def test_a_digest_is_sha_256(path):
     assert store.digest(path) == hashlib.sha256(b"abc" * 100_000).hexdigest()
     with pytest.raises(StoreError, match=r"nothing cannot be read"):
         store.digest(path.with_name("nothing"))
+
+
+def test_a_folder_is_one_runs_at_a_time(tmp_path):
+    folder = tmp_path / "a" / "run"
+    with store.alone(folder):
+        with pytest.raises(StoreError, match=r"run is being written by another run; wait for it, or choose another"):
+            with store.alone(folder):
+                pass
+        assert folder.is_dir()
+    assert not folder.exists()  # nothing was written
+    with store.alone(folder):
+        (folder / "kept").touch()
+    with store.alone(folder):
+        pass
+    assert (folder / "kept").exists()
+    with pytest.raises(StoreError, match="kept cannot be made: File exists; choose another folder"):
+        with store.alone(folder / "kept"):
+            pass

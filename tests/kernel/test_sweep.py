@@ -6,10 +6,11 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
+from fedtailor import store
 from fedtailor.cli import app
 from fedtailor.cli.sweep import named
 from fedtailor.config import choices, sweep
-from fedtailor.errors import ConfigError
+from fedtailor.errors import ConfigError, StoreError
 
 QUICK = ["study=heart", "privacy=none", "evaluation.baseline=false"]
 
@@ -93,3 +94,15 @@ def test_a_list_without_the_option_says_which():
         from fedtailor.config import load
 
         load(["rounds=1,2"])
+
+
+def test_a_folder_that_another_run_writes_is_left_alone(tmp_path):
+    busy = tmp_path / "rounds=1"
+    with store.alone(busy):
+        (busy / "result.json").write_text("{}")
+        done = run(tmp_path, "rounds=1,2")
+        one = CliRunner().invoke(app, ["simulate", *QUICK, "rounds=1", "--out", str(busy)])
+    assert [bool(each["error"]) for each in json.loads(done.stdout)["runs"]] == [True, False]
+    assert done.exit_code == 1 and "rounds=1 failed" in done.stderr and "another run" in done.stderr
+    assert isinstance(one.exception, StoreError) and "another run" in str(one.exception)
+    assert (busy / "result.json").read_text() == "{}"
