@@ -1,6 +1,7 @@
 """What an attacker on the network, at another site, or with Flower's own tools can reach: nothing."""
 
 import base64
+import contextlib
 import hashlib
 import json
 import secrets
@@ -20,7 +21,7 @@ from flwr.supernode.node_auth_http_interceptor import NodeAuthHttpInterceptor
 from safetensors.torch import load, save
 
 from fedtailor import pki, seals, wire
-from fedtailor.client.fleet import Fleet
+from fedtailor.client.fleet import Closed, Fleet
 from fedtailor.errors import ConnectionFailed
 from fedtailor.invitation import ENROL, RENEW
 from fedtailor.server import roster
@@ -201,7 +202,8 @@ class Cheat(threading.Thread):
             if said is not None:
                 named = hashlib.sha256(payload).hexdigest()
                 said = said.model_copy(update={"witness": witness} | ({"summand_sha256": named} if said.rows else {}))
-                self.fleet.answer(got[0], wire.record(said, wire.salted(said.salt)(payload)), 0.1)
+                with contextlib.suppress(Closed):  # what is announced as too large is refused before it is here
+                    self.fleet.answer(got[0], wire.record(said, wire.salted(said.salt)(payload)), 0.1)
 
     def close(self):
         self.ending.set()
@@ -231,8 +233,8 @@ CHEATS = {
     "dtype": lambda flat, visit: (save({k: x.double() for k, x in flat.items()}), report(visit)),
     "keys": lambda flat, visit: (save(flat | {"delta/extra": torch.zeros(2)}), report(visit)),
     "format": lambda flat, visit: (b"\x80\x04pickle", report(visit)),
-    "oversized": lambda flat, visit: (
-        save({k: torch.zeros(2**21) for k in flat} or {"x": torch.zeros(2**21)}),
+    "oversized": lambda flat, visit: (  # in the first round it arrives; in the second its announcement is too long
+        save({k: torch.zeros(2 ** (20 + visit.round)) for k in flat} or {"x": torch.zeros(2**21)}),
         report(visit),
     ),
     "round": lambda flat, visit: (save(flat), report(visit, round=visit.round + 1)),
