@@ -37,7 +37,7 @@ FLEET = frozenset(
 PULL = "/v1/fleet/pull-messages"
 PUSH = ("/v1/fleet/push-messages", "/v1/fleet/push-object")
 SWEEP = 4 * 1024 * 1024  # bytes after which what is no longer used is collected
-LIMIT = 8 * 1024 * 1024  # bytes of one request: Flower cuts arrays into chunks of 5 MiB, we into smaller ones
+LIMIT = 8 * 1024 * 1024  # bytes of one request: Flower cuts arrays into chunks of 5 MiB, and so do we
 
 
 class Bell:

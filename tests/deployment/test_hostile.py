@@ -234,7 +234,7 @@ CHEATS = {
     "keys": lambda flat, visit: (save(flat | {"delta/extra": torch.zeros(2)}), report(visit)),
     "format": lambda flat, visit: (b"\x80\x04pickle", report(visit)),
     "oversized": lambda flat, visit: (  # in the first round it arrives; in the second its announcement is too long
-        save({k: torch.zeros(2 ** (20 + visit.round)) for k in flat} or {"x": torch.zeros(2**21)}),
+        save({k: torch.zeros(2 ** (20 + 2 * visit.round)) for k in flat} or {"x": torch.zeros(2**21)}),
         report(visit),
     ),
     "round": lambda flat, visit: (save(flat), report(visit, round=visit.round + 1)),

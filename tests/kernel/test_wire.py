@@ -99,7 +99,7 @@ def test_one_chunk_is_in_memory_at_a_time():
     root, shelf = shelved(wire.record(Note(text="x"), secrets.token_bytes(12 * MB)))
     pieces = []
     wire.pour(root, shelf.__getitem__, SimpleNamespace(write=lambda piece: pieces.append(len(piece))), 12 * MB)
-    assert pieces == [wire.CHUNK] * 4 and 4 * wire.CHUNK == 12 * MB
+    assert pieces == [wire.CHUNK, wire.CHUNK, 12 * MB - 2 * wire.CHUNK]
 
 
 # --- limits ---
@@ -115,7 +115,7 @@ def test_an_oversized_payload_is_never_written_beyond_the_limit():
     root, shelf = shelved(wire.record(Note(text="x"), secrets.token_bytes(12 * MB)))
     with pytest.raises(WireError):
         wire.pour(root, shelf.__getitem__, sink := io.BytesIO(), 6 * MB)
-    assert len(sink.getvalue()) == 6 * MB == 2 * wire.CHUNK
+    assert len(sink.getvalue()) == wire.CHUNK <= 6 * MB
 
 
 def test_an_oversized_head_is_refused():
@@ -269,10 +269,10 @@ def test_a_summand_is_what_local_training_really_reports(va, name, privacy):
     assert all(x.untyped_storage().nbytes() <= 8 for x in tree.leaves(like))  # shapes only
 
 
-def test_flowers_own_larger_chunks_are_read_too():
-    array = Array(dtype="uint8", shape=(11 * MB,), stype=wire.STYPE, data=(payload := secrets.token_bytes(11 * MB)))
-    record = ArrayRecord()
-    record[wire.STYPE] = array
-    root, shelf = shelved(wire.record(Note(text="x"), record))
-    assert max(len(content) for content in shelf.values()) > wire.CHUNK
+def test_chunks_of_another_size_are_read_too(monkeypatch):
+    payload = secrets.token_bytes(11 * MB)
+    monkeypatch.setattr(wire, "CHUNK", 3 * MB)
+    root, shelf = shelved(wire.record(Note(text="x"), payload))
+    monkeypatch.undo()
+    assert sum(content.startswith(b"ArrayChunk ") for content in shelf.values()) == 4
     assert poured(root, shelf, len(payload))[1] == payload
