@@ -32,7 +32,7 @@ from fedtailor import strategies, wire
 from fedtailor.leaving import Leaving, Tensor, size_limit
 from fedtailor.server.folding import close_round
 from fedtailor.server.listener import Bell
-from fedtailor.server.memory import give_memory_back
+from fedtailor.server.memory import keep_heaps_few
 from fedtailor.server.rounds import answers
 from fedtailor.server.superlink import Node, Reply
 from fedtailor.wire import Report, Visit
@@ -92,7 +92,7 @@ class Disk:
 
 def fold(folder: Path, root: str, parameters: int, replies: int) -> int:
     """Fold a round as the coordinator does: bytes above idle at the peak."""
-    give_memory_back()
+    keep_heaps_few()
     spec = {name: (torch.float32, shape) for name, shape in shapes(parameters).items()}
     tensors = tuple(Tensor(name=name, dtype="float32", shape=shape) for name, (_, shape) in sorted(spec.items()))
     leaves = Leaving(tensors=tensors, metrics=(), norm=1e9, bytes=size_limit(spec))

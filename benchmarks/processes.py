@@ -100,8 +100,11 @@ class PeakMemory:
         return self
 
     def _poll(self) -> None:
+        known, until = list[int](), 0.0
         while not self._stop.wait(self.every_s):
-            each = [resident(pid) for pid in family(self.root)]
+            if time.monotonic() >= until:  # walking /proc costs a thousand times what one process's memory does
+                known, until = family(self.root), time.monotonic() + 1
+            each = [resident(pid) for pid in known]
             self.together = max(self.together, sum(each))
             self.largest = max(self.largest, *each)
 

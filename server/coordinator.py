@@ -26,7 +26,7 @@ from fedtailor.server import renewal, roster, withdrawals
 from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
-from fedtailor.server.memory import drop_code, give_memory_back
+from fedtailor.server.memory import drop_code, drop_free, keep_heaps_few
 from fedtailor.server.noise import forget
 from fedtailor.server.runs import DONE, Run
 from fedtailor.server.studies import execute, propose
@@ -54,7 +54,7 @@ class Coordinator:
         Raises:
             ConnectionFailed: if the port or the home is taken.
         """
-        give_memory_back()
+        keep_heaps_few()
         with control.only_one(self.home.folder):
             self._check_port()
             self.bell = Bell()
@@ -84,6 +84,7 @@ class Coordinator:
 
             drop_code()
             gc.collect()
+            drop_free()
             gc.freeze()  # what is loaded by now stays: later sweeps need not look at it
             try:
                 self.server.run()

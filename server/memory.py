@@ -6,21 +6,35 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (r-[x-]p) \S+ \S+ \S+ +/")  # a file's pages, which nobody may write to
-_M_MMAP_THRESHOLD, _M_ARENA_MAX, _MADV_DONTNEED = -3, -8, 4
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX, _MADV_DONTNEED = -1, -3, -8, 4
+KEPT = (
+    12 * 1024 * 1024
+)  # bytes that may lie free at the end of a heap: a chunk in transit needs that much again at once
+LARGE = 32 * 1024 * 1024  # bytes from which a block is mapped, and unmapped when it is freed: glibc's most
 
 
-def give_memory_back() -> None:
-    """Have large blocks returned to the system when they are freed.
+def keep_heaps_few() -> None:
+    """Have the copies of chunks in transit made where those before them lay.
 
-    Chunks of megabytes pass through dozens of threads. By default glibc keeps what each of them frees in an arena of its
-    own, and the process grows to many times the model.
+    Chunks of megabytes pass through dozens of threads. By default glibc keeps what each of them frees in a heap of its own,
+    and the process grows to many times the model; or, for blocks of this size, maps fresh pages for every copy, which takes
+    the kernel longer than copying.
     """
     try:
         libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, 256 * 1024)  # blocks from here on are mapped, and unmapped when freed
+        libc.mallopt(_M_MMAP_THRESHOLD, LARGE)
+        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
         libc.mallopt(_M_ARENA_MAX, 2)
     except (OSError, AttributeError):
         pass  # another C library: it will do as it does
+
+
+def drop_free() -> None:
+    """Return the free pages of the heaps to the system, wherever they lie in them."""
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):
+        pass  # another C library
 
 
 def drop_code() -> None:

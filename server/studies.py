@@ -20,6 +20,7 @@ from fedtailor.result import Ending
 from fedtailor.server import slicewise
 from fedtailor.server.folding import advance, counted
 from fedtailor.server.listener import Bell
+from fedtailor.server.memory import drop_code, drop_free
 from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.runs import Run
@@ -97,6 +98,8 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     _, progress = run.checkpoint(plan.digest())  # the state lies there only: in memory it would be a copy of the model
     events.emit("started", run=run.name, study=plan.study, round=progress.round, rounds=plan.rounds)
     run.write_status("running", progress.round)
+    drop_free()
+    drop_code()  # what made the first state
     tour = Tour(run, plan, strategy, setting, events)
     like = slicewise.shaped(tour.leaves.spec())
     setup_s, before = time.monotonic() - began, progress.wall_s
@@ -118,6 +121,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
                 run.save(advance(strategy, tour.state, acc, round, like), progress, plan.digest())
             releasing(run, plan, progress.round)
             del closed, acc
+            drop_free()
             run.write_status("running", progress.round)
             inside, root = sorted(last.witnesses), last.root()
             events.emit("round", run=run.name, round=progress.round, rounds=plan.rounds, seconds=seconds, sites=inside,
@@ -132,6 +136,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     if setting.halt.is_set():
         run.write_status("queued", progress.round, "interrupted; it resumes when the coordinator starts again")
         return progress
+    drop_code()
     status: Ending = "completed" if progress.round == plan.rounds else "stopped"
     saved, _ = run.checkpoint(plan.digest())
     model = slicewise.cast(strategy, saved, model=True) or model_in(strategy.broadcast(tour.state()))

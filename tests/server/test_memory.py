@@ -56,3 +56,40 @@ def test_half_of_the_code_is_let_go_and_all_of_it_still_runs() -> None:
     assert ran.returncode == 0, ran.stderr
     before, after = map(int, ran.stdout.split())
     assert after < before / 2
+
+
+CHUNKS = """
+import os, threading
+from fedtailor.server import memory
+
+CHUNK, PEERS = 5 * 2**20, 24
+
+def resident():
+    with open("/proc/self/statm") as line:
+        return int(line.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+def passes(barrier):
+    barrier.wait()
+    for _ in range(6):
+        copies = [b"x" * CHUNK for _ in range(2)]
+        barrier.wait()
+        del copies
+        barrier.wait()
+
+memory.keep_heaps_few()
+before = resident()
+barrier = threading.Barrier(PEERS)
+threads = [threading.Thread(target=passes, args=[barrier]) for _ in range(PEERS)]
+[t.start() for t in threads]; [t.join() for t in threads]
+kept = resident() - before
+memory.drop_free()
+print(kept, resident() - before)
+"""
+
+
+def test_of_what_passed_through_many_threads_little_stays_and_less_after_a_round() -> None:
+    ran = subprocess.run([sys.executable, "-c", CHUNKS], capture_output=True, text=True, timeout=120)
+    assert ran.returncode == 0, ran.stderr
+    kept, after = map(int, ran.stdout.split())
+    assert kept < 24 * 2 * 5 * 2**20 / 2
+    assert after < 8 * 2**20  # without keep_heaps_few 90 MB, in heaps of their own that nobody trims
