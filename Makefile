@@ -8,10 +8,12 @@ EXTRAS := .venv/.extras
 venv: $(STAMP)
 
 # torch first and by itself: the pinned release, before anything else can ask for another build of it.
+# pip would compile one module after the other, and the libraries' own tests with them.
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,dev]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt torch
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt -e '.[demo,dev]'
+	-.venv/bin/python -m compileall -q -j 0 -x '/tests?/|/testing/' .venv/lib
 	touch $@
 
 # Ray, submitit and pyarrow, 130 MB, which `make demo` and `make test` do without: some slow tests need them.

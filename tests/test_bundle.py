@@ -81,6 +81,7 @@ def test_a_changed_wheel_is_refused_before_anything_is_installed(bundle):
     assert code == 1 and "not what SHA256SUMS says" in said and not made.exists()
 
 
+@pytest.mark.slow
 def test_changed_sums_are_refused_and_what_was_installed_is_removed(bundle):
     (bundle / "MANIFEST.json").write_text((bundle / "MANIFEST.json").read_text() + "\n")
     sum_again(bundle)
@@ -88,6 +89,7 @@ def test_changed_sums_are_refused_and_what_was_installed_is_removed(bundle):
     assert code == 1 and "is not signed by that key" in said and not made.exists()
 
 
+@pytest.mark.slow
 def test_a_wheel_whose_hash_is_not_in_the_requirements_is_refused(bundle):
     path = bundle / "wheels" / "tiny-1.0-py3-none-any.whl"
     path.unlink()

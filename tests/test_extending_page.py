@@ -79,6 +79,7 @@ def test_the_list_gives_the_lines_that_the_page_shows(environment, tmp_path):
         Policy.model_validate(some | {"studies": ["heart"], "epsilon": 1.0, "delta": 1e-4})
 
 
+@pytest.mark.slow
 def test_it_inherits_the_contract_suite(environment):
     assert "`pytest tests/contracts -k my_fednova`" in PAGE
     pytest_ = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-n0", "tests/contracts", "-k", "my_fednova"]

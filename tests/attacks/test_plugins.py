@@ -168,7 +168,7 @@ def test_each_of_the_daemons_two_defences_suffices(site, monkeypatch, defences):
     assert it.seen() == (not defences, False)
 
 
-@pytest.mark.parametrize("approved", [False, True])
+@pytest.mark.parametrize("approved", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_training_process_refuses_by_itself(site, folder, approved):
     """The daemon, turned, asks it for what was not approved when it was started: a strategy, a recipe."""
     folder.install("plug", RECIPE)
@@ -199,7 +199,7 @@ def test_a_daemon_says_before_all_else_what_it_may_import(tmp_path, folder, appr
     assert folder.imported == approved
 
 
-@pytest.mark.parametrize("approved", [False, True])
+@pytest.mark.parametrize("approved", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_doctor_runs_nothing_that_is_not_approved(tmp_path, folder, approved):
     folder.install("plug", RECIPE, yaml={"recipe/plug": "_target_: plug.table\n"})
     home = admitted(tmp_path)

@@ -127,7 +127,10 @@ def test_a_site_is_not_asked_out_of_turn(tmp_path):
     assert real(tmp_path, POLICIES["generous"], plan) == ("rounds", None)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+OFTEN = ("private", "particular", "noised")
+
+
+@pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES])
 def test_predicted_and_real_decisions_agree_for_fifty_plans(tmp_path, name):
     policy, seen = POLICIES[name], set()
     for number, plan in enumerate(PLANS):

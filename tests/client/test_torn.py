@@ -72,7 +72,10 @@ def test_half_a_line_is_set_aside_and_the_next_record_says_so(tmp_path, half, ro
     assert Chain(path, SIGNER).head == chain.head and aside.read_bytes() == lost + b"\n", "once"
 
 
-@pytest.mark.parametrize("when,length", [("set aside", 10), ("writing", 10), ("written", 10), ("written", 5000)])
+@pytest.mark.parametrize(
+    "when,length",
+    [("set aside", 10), ("writing", 10), *[pytest.param("written", n, marks=pytest.mark.slow) for n in (10, 5000)]],
+)
 def test_a_second_kill_while_it_is_set_aside_loses_nothing(tmp_path, when, length):
     path = tmp_path / "egress.jsonl"
     die(path, "writing", length=length)

@@ -12,9 +12,9 @@ from fedtailor.receipts import Receipt
 pytestmark = pytest.mark.deployment
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def careful(deployment):
-    """The site va with people who decide, until the test ends."""
+    """The site va with people who decide, until these tests end."""
     path = deployment.site_home("va") / "site.yaml"
     before = path.read_text()
 
@@ -104,6 +104,7 @@ def test_a_plan_that_the_policy_refuses_is_explained_and_cannot_be_approved(care
     assert "va: delta" in careful.status(run)["detail"]
 
 
+@pytest.mark.slow
 def test_two_officers_approve_with_their_keys(careful, tmp_path):
     def officer(*words):
         command = [sys.executable, "-m", "fedtailor", "client", "officer", *words, "--json"]
@@ -122,6 +123,7 @@ def test_two_officers_approve_with_their_keys(careful, tmp_path):
     assert careful.finish(run)["dropped"] == []
 
 
+@pytest.mark.slow
 def test_a_site_withdraws_and_what_contains_it_is_known(careful):
     def server(*words):
         command = [sys.executable, "-m", "fedtailor", "server", *words, "--home", str(careful.server_home), "--json"]

@@ -38,6 +38,7 @@ def certificates(deployment):
     return [pki.read_certificate(path.read_text()) for path in paths]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_while_every_certificate_expires_and_is_renewed(brief):
     seen, began = [set(), set(), set()], time.monotonic()
 

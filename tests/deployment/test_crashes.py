@@ -91,7 +91,7 @@ def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
     every_round_was_charged_once(deployment, run, plan, result)
 
 
-@pytest.mark.parametrize("victim", ["va", "server"])
+@pytest.mark.parametrize("victim", ["va", pytest.param("server", marks=pytest.mark.slow)])
 def test_a_run_survives_kill_9_with_half_an_answer_sent(deployment, victim):
     """A model of several chunks: some are at the coordinator, the others still at the site."""
     large = ("recipe=heart_mlp", "recipe.hidden=60000", "local.steps=1", "evaluation.baseline=false", "norm=null")

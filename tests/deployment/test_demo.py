@@ -67,6 +67,7 @@ def test_without_a_network_the_demo_runs_the_same(tmp_path):
         assert "Traceback" not in log.read_text(), log.read_text()
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_everything_that_was_started(tmp_path):
     out = tmp_path / "demo"
     command = [sys.executable, "-m", "fedtailor", "demo", "--out", str(out)]

@@ -10,6 +10,7 @@ import pytest
 pytestmark = pytest.mark.deployment
 
 
+@pytest.mark.slow
 def test_the_doctor_finds_a_running_site_well_and_does_not_disturb_it(deployment):
     home = deployment.site_home("va")
     records = home / "state" / "audit.jsonl"

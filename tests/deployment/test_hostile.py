@@ -243,7 +243,7 @@ CHEATS = {
 }
 
 
-OFTEN = ("nonfinite", "keys", "format", "oversized")
+OFTEN = ("nonfinite", "keys", "oversized")
 
 
 @pytest.mark.parametrize("code", [c if c in OFTEN else pytest.param(c, marks=pytest.mark.slow) for c in CHEATS])

@@ -162,8 +162,10 @@ def test_watch_follows_a_run_to_its_end(deployment):
     [
         (["study=heart", "sites=[cleveland,mars]", "quorum=1"], "mars"),
         (["study=heart", "sites=[cleveland,va]", "strategy=fedavgg"], "did you mean 'fedavg'"),
-        (["study=heart", "sites=[cleveland,va]", "quorum=3"], "quorum"),
-        (["study=heart", "sites=[cleveland,va]", "quorum=2", "+recipe.hiden=3"], "hiden"),
+        pytest.param(["study=heart", "sites=[cleveland,va]", "quorum=3"], "quorum", marks=pytest.mark.slow),
+        pytest.param(
+            ["study=heart", "sites=[cleveland,va]", "quorum=2", "+recipe.hiden=3"], "hiden", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_a_plan_that_cannot_work_is_refused_by_name(deployment, overrides, code):

@@ -15,6 +15,7 @@ from fedtailor.errors import ConnectionFailed
 pytestmark = pytest.mark.deployment
 
 
+@pytest.mark.slow
 def test_a_site_that_starts_first_says_so_and_joins_when_the_coordinator_is_up(lay_out):
     made = lay_out("va")
     made.start("va")
