@@ -101,6 +101,7 @@ def test_a_wheel_whose_hash_is_not_in_the_requirements_is_refused(bundle):
     assert code == 1 and "the wheels could not be installed" in said and not made.exists()
 
 
+@pytest.mark.slow
 def test_a_bundle_that_somebody_else_signed_is_refused_by_the_key_that_is_known(bundle):
     seals.make_signer(bundle.parent / "other", bundle.parent / "other.pub")
     BUNDLE["seal"](bundle, bundle.parent / "other")

@@ -127,7 +127,7 @@ def test_a_site_is_not_asked_out_of_turn(tmp_path):
     assert real(tmp_path, POLICIES["generous"], plan) == ("rounds", None)
 
 
-OFTEN = ("private", "particular", "noised")
+OFTEN = ("private", "particular")
 
 
 @pytest.mark.parametrize("name", [n if n in OFTEN else pytest.param(n, marks=pytest.mark.slow) for n in POLICIES])

@@ -94,7 +94,7 @@ def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
 @pytest.mark.parametrize("victim", ["va", pytest.param("server", marks=pytest.mark.slow)])
 def test_a_run_survives_kill_9_with_half_an_answer_sent(deployment, victim):
     """A model of several chunks: some are at the coordinator, the others still at the site."""
-    large = ("recipe=heart_mlp", "recipe.hidden=60000", "local.steps=1", "evaluation.baseline=false", "norm=null")
+    large = ("recipe=heart_mlp", "recipe.hidden=40000", "local.steps=1", "evaluation.baseline=false", "norm=null")
     plan = deployment.plan("privacy=none", "rounds=2", *large)
     outbox, transit = deployment.site_home("va") / "state" / "outbox", deployment.server_home / "transit"
     before = trained(outbox)

@@ -57,6 +57,7 @@ def test_a_deployment_without_privacy_equals_the_simulation(deployment, strategy
             )
 
 
+@pytest.mark.slow
 def test_sites_that_take_turns_have_receipts_of_all_their_rounds(deployment):
     """Each compares with, and is given a receipt of, the round of its own turn before."""
     run = deployment.submit(deployment.plan("privacy=site", "privacy.correlated={separation: 2, window: 2}", "quorum=1",
@@ -114,6 +115,7 @@ def test_both_ends_answer_their_people(deployment):
     assert command("server", "status", "--home", str(deployment.server_home))[0] == 0
 
 
+@pytest.mark.slow
 def test_a_sites_signed_records_hold_and_can_be_verified_elsewhere(deployment, tmp_path):
     home, file = str(deployment.site_home("va")), tmp_path / "export.json"
     code, out, err = command("client", "audit", "verify", "--home", home, "--json")

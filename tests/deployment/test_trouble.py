@@ -41,6 +41,7 @@ def test_a_taken_port_is_named_with_the_way_out(lay_out):
     assert done.returncode == 1 and f"127.0.0.1:{port}" in text and "server.yaml" in text and "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_a_second_daemon_in_one_home_is_refused(deployment):
     for room, home in (("server", deployment.server_home), ("client", deployment.site_home("va"))):
         command = [sys.executable, "-m", "fedtailor", room, "up", "--home", str(home)]

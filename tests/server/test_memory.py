@@ -81,15 +81,12 @@ before = resident()
 barrier = threading.Barrier(PEERS)
 threads = [threading.Thread(target=passes, args=[barrier]) for _ in range(PEERS)]
 [t.start() for t in threads]; [t.join() for t in threads]
-kept = resident() - before
 memory.drop_free()
-print(kept, resident() - before)
+print(resident() - before)
 """
 
 
-def test_of_what_passed_through_many_threads_little_stays_and_less_after_a_round() -> None:
+def test_nothing_stays_of_what_passed_through_many_threads() -> None:
     ran = subprocess.run([sys.executable, "-c", CHUNKS], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    kept, after = map(int, ran.stdout.split())
-    assert kept < 24 * 2 * 5 * 2**20 / 2
-    assert after < 8 * 2**20  # without keep_heaps_few 90 MB, in heaps of their own that nobody trims
+    assert int(ran.stdout) < 8 * 2**20  # without keep_heaps_few 90 MB, in heaps of their own that nobody trims
