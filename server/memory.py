@@ -7,9 +7,7 @@ from pathlib import Path
 
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (r-[x-]p) \S+ \S+ \S+ +/")  # a file's pages, which nobody may write to
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX, _MADV_DONTNEED = -1, -3, -8, 4
-KEPT = (
-    12 * 1024 * 1024
-)  # bytes that may lie free at the end of a heap: a chunk in transit needs that much again at once
+KEPT = 12 * 1024 * 1024  # bytes that may lie free at a heap's end: the next chunk needs as much at once
 LARGE = 32 * 1024 * 1024  # bytes from which a block is mapped, and unmapped when it is freed: glibc's most
 
 

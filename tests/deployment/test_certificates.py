@@ -61,9 +61,7 @@ def test_a_study_goes_on_while_every_certificate_expires_and_is_renewed(brief):
 
 
 def test_a_site_that_is_revoked_is_out_at_its_next_poll_and_the_study_goes_on(brief):
-    brief.finish(
-        brief.submit(brief.plan("privacy=none", "rounds=1"))
-    )  # so that a worker's start is no part of what follows
+    brief.finish(brief.submit(brief.plan("privacy=none", "rounds=1")))  # a worker's start takes as long as the deadline
     slow = ("local.steps=150", "local.lr=0.02", "evaluation.baseline=false")
     run = brief.submit(brief.plan("privacy=none", "rounds=2", "quorum=1", "deadline_s=5", *slow))
     brief.until(lambda: brief.status(run)["round"] >= 1, 60, "a first round with both")

@@ -54,6 +54,15 @@ def slow(*case):
     return pytest.param(*case, marks=pytest.mark.slow)
 
 
+def kill_9(deployment, victim):
+    """Kill one of them; the coordinator or a whole site is started again, and a site's daemon starts a worker by itself."""
+    if victim == "worker":
+        os.kill(deployment.ask_site("va", "Status")["worker_pid"], signal.SIGKILL)
+    else:
+        deployment.kill(victim)
+        deployment.start(victim)
+
+
 @pytest.mark.parametrize(
     ("victim", "privacy"),
     [("server", "none"), slow("server", "record"), slow("worker", "none"), ("worker", "record"), slow("va", "none"),
@@ -63,11 +72,7 @@ def test_a_run_survives_kill_9_in_mid_round(deployment, victim, privacy):
     plan = deployment.plan(f"privacy={privacy}", *SLOW)
     run = deployment.submit(plan)
     in_round(deployment, run, 1)
-    if victim == "worker":
-        os.kill(deployment.ask_site("va", "Status")["worker_pid"], signal.SIGKILL)
-    else:
-        deployment.kill(victim)
-        deployment.start(victim)
+    kill_9(deployment, victim)
     result = deployment.finish(run)
     assert result["rounds"] == plan.rounds and result["status"] == "completed"
     assert [h["round"] for h in result["history"]] == list(range(plan.rounds + 1))
@@ -77,7 +82,7 @@ def test_a_run_survives_kill_9_in_mid_round(deployment, victim, privacy):
         every_round_was_charged_once(deployment, run, plan, result)
 
 
-@pytest.mark.parametrize("victim", ["va", "server"])
+@pytest.mark.parametrize("victim", ["va", "server", "worker"])
 def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
     """The site's answer is durable and on its way: it must arrive once, and cost once."""
     plan = deployment.plan("privacy=record", "rounds=3")
@@ -85,8 +90,7 @@ def test_a_run_survives_kill_9_in_mid_upload(deployment, victim):
     before = trained(outbox)
     run = deployment.submit(plan)
     deployment.until(lambda: trained(outbox) - before, 60, "an answer", 0.001)
-    deployment.kill(victim)
-    deployment.start(victim)
+    kill_9(deployment, victim)
     result = deployment.finish(run)
     every_round_was_charged_once(deployment, run, plan, result)
 

@@ -68,6 +68,7 @@ def test_sites_that_take_turns_have_receipts_of_all_their_rounds(deployment):
         assert sorted(path.stem for path in kept.iterdir()) == [f"{place:06d}", f"{place + 2:06d}"]
 
 
+@pytest.mark.slow
 def test_a_slow_site_does_not_hold_up_the_others_and_counts_later(deployment):
     """Rounds close on one answer; a site that is stopped for a while answers an old round when it goes on."""
     slow = deployment.plan("privacy=none", "rounds=12", "quorum=1", "buffer={answers: 1, oldest: 12}",
