@@ -80,13 +80,14 @@ def block_train(
         start = begin(known) if starts else shared
         thin = weighted is not None and not corrects and not noisy  # noise has no low rank
         kept = None if weighted is None else rooms
-        sets = {name: Descent(params, steps, not starts, thin, kept) for name, params in _sets(start).items()}
+        how: tuple[Any, ...] = not starts, thin, kept, partial(feed.examples, batches, rooms)
+        sets = {name: Descent(params, steps, *how) for name, params in _sets(start).items()}
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         rate, like = lr * live, feed.shapes(batches)
         if not corrects:
             for batch in feed.steps(batches, rooms, noisy, rate):
                 for each, own in zip(sets.values(), trained(sets, batch), strict=True):
-                    each.step(own, clients)
+                    each.step(own, clients, batch.x)
                 if batch.noise is not None:
                     for name, drawn in _sets(apart(batch.noise, like)).items():
                         sets[name].stray(drawn, batch.scale)

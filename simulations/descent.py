@@ -1,14 +1,17 @@
 """Steps of plain local SGD for a block of clients, each linear layer's in the way that moves the fewest numbers."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedtailor.errors import ConfigError
 from fedtailor.simulations.feed import Rooms, room
 from fedtailor.simulations.gradients import Part, Uses
 from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
+from fedtailor.simulations.products import multiply, product
 
 SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
 
@@ -20,17 +23,33 @@ class Seen:
     start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D], filled from the front
     deltas: Tensor  # [K, N, P]
+    products: Tensor | None = None  # [K, N, N], of all inputs: they are the examples, and so were known at once
     filled: int = 0
 
-    def add(self, uses: Uses, clients: int) -> Thin:
-        """The weights after one more step."""
+    def add(self, name: str, uses: Uses, clients: int, examples: Tensor) -> Thin:
+        """The weights after one more step, of a batch of ``examples``.
+
+        Raises:
+            ConfigError: if the inputs of all steps were taken to be the examples, and are not.
+        """
         for given, delta in uses:
-            rows = given.reshape(clients, -1, given.shape[-1])
-            part = slice(self.filled, self.filled + rows.shape[1])
-            self.inputs[:, part] = rows
-            self.deltas[:, part] = delta.reshape(*rows.shape[:2], -1)
+            deltas = delta.reshape(clients, -1, delta.shape[-1])
+            part = slice(self.filled, self.filled + deltas.shape[1])
+            if self.products is None:
+                self.inputs[:, part] = given.reshape(clients, -1, given.shape[-1])
+            elif not same(given, examples):
+                raise ConfigError(
+                    f"recipe: {name} is given the examples in one step and something else in another; simulation.path=vmap"
+                )
+            self.deltas[:, part] = deltas
             self.filled = part.stop
-        return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled])
+        known = None if self.products is None else self.products[:, part.stop : 2 * part.stop - part.start, : part.stop]
+        return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled], known)
+
+
+def same(x: Tensor, examples: Tensor) -> bool:
+    """Whether ``x`` is these examples, perhaps flattened."""
+    return 0 != x.data_ptr() == examples.data_ptr() and x.numel() == examples.numel() and x.dtype == examples.dtype
 
 
 @dataclass
@@ -42,6 +61,7 @@ class Descent:
         shared: whether all clients begin with the same.
         thin: whether the clients' own weights may never be made, where that is less work.
         rooms: for parameters and what replaces them, where nobody keeps either; None where somebody may.
+        examples: makes all steps' ``[K, S * B, ...]``, a client's one after another.
     """
 
     params: dict[str, Any]
@@ -49,21 +69,22 @@ class Descent:
     shared: bool = True
     thin: bool = False
     rooms: Rooms | None = None
+    examples: Callable[[], Tensor] | None = None
     seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
     begun: bool = False
     own: set[str] = field(default_factory=set)  # parameters of this descent's making, which may be changed in place
 
-    def step(self, parts: list[Part], clients: int) -> None:
-        """One step by gradients that are multiplied by the learning rate already: 0 where the step is padding."""
+    def step(self, parts: list[Part], clients: int, x: Tensor) -> None:
+        """One step, on ``x [K * B, ...]``, by gradients that have the learning rate in them: 0 where it is padding."""
         for part in parts:
             name = part.layer.full("weight")
             if part.layer.kind is not LINEAR or part.made is not None:
                 self._descend(part.gradient(clients))
                 continue
             if self.thin and self.rooms is not None and self.shared and not self.begun:
-                self._begin(name, part.uses, clients, self.rooms)
+                self._begin(name, part.uses, clients, self.rooms, x)
             if name in self.seen:
-                self.params[name] = self.seen[name].add(part.uses, clients)
+                self.params[name] = self.seen[name].add(name, part.uses, clients, x)
             else:
                 for given, delta in part.uses:
                     self._multiply(name, given, delta, clients)
@@ -96,7 +117,7 @@ class Descent:
             if name in self.seen:
                 thin: Thin = self.params[name]
                 rows = (thin.deltas * beside(weights, thin.deltas)).flatten(0, 1)
-                found[name] = -(rows.mT @ thin.inputs.flatten(0, 1))[None]
+                found[name] = product(rows.mT, thin.inputs.flatten(0, 1)).neg_()[None]
             else:
                 changes = (self.params[name] - first).expand(len(weights), *first.shape)
                 found[name] = (weights.to(first.dtype)[None] @ changes.flatten(1)).view(1, *first.shape)
@@ -122,13 +143,19 @@ class Descent:
         self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), deltas.mT, rows, alpha=-1, out=out)
         self.own.add(name)
 
-    def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms) -> None:
+    def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms, x: Tensor) -> None:
         """Make room for a linear layer's rows of all steps, where that is less work than its clients' weights."""
         outputs, features = self.params[name].shape[1:]
         rows = sum(given.numel() // features for given, _ in uses) // clients * self.steps
         if clients * outputs * features < SMALL or rows * (outputs + features) > 2 * outputs * features:
             return
         start = self.params[name][0]
-        inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)
         deltas = room(rooms, f"{name} deltas", (clients, rows, outputs), start)
+        if self.examples is not None and len(uses) == 1 and same(uses[0][0], x):
+            inputs = self.examples().reshape(clients, rows, features)
+            products = room(rooms, f"{name} products", (clients, rows, rows), start)
+            multiply(inputs, inputs.mT, products)
+            self.seen[name] = Seen(start, inputs, deltas, products)
+            return
+        inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)
         self.seen[name] = Seen(start, inputs, deltas)

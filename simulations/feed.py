@@ -61,6 +61,16 @@ class Feed(NamedTuple):
             torch.index_select(data.x, 0, rows[step], out=x)  # data.x[rows] takes many times longer
             yield Batch(x, labels[step], weights[step], scale[step], next(noise))
 
+    def examples(self, batches: Tree, rooms: Rooms) -> Tensor:
+        """All steps' examples ``[K, S * B, ...]``, a client's one after another; overwritten by the next block's."""
+        if self.data is None or "rows" not in batches:
+            x: Tensor = batches["x"]
+            return x.flatten(1, 2)
+        rows: Tensor = batches["rows"].flatten(1)
+        found = room(rooms, "examples", (rows.numel(), *self.data.x.shape[1:]), self.data.x)
+        torch.index_select(self.data.x, 0, rows.flatten(), out=found)
+        return found.view(*rows.shape, *found.shape[1:])
+
     def all(self, batches: Tree) -> Tree:
         """All steps as :func:`fedtailor.training.local_train` wants them: leaves ``[K, S, ...]``."""
         found = dict(batches)

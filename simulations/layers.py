@@ -53,6 +53,9 @@ class Thin(NamedTuple):
     start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D]
     deltas: Tensor  # [K, N, P]
+    products: Tensor | None = (
+        None  # [K, B, N]: of the rows that come next with ``inputs``, where they are known already
+    )
 
 
 def positions(x: Tensor, clients: int) -> Tensor:
@@ -64,15 +67,16 @@ def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple
     weight, bias = weights["weight"], weights.get("bias")
     if isinstance(weight, Thin):
         rows = positions(x, clients)
-        moved = torch.bmm(inner(rows, weight.inputs), weight.deltas).view(*x.shape[:-1], -1)
+        products = inner(rows, weight.inputs) if weight.products is None else weight.products
+        moved = torch.bmm(products, weight.deltas).view(*x.shape[:-1], -1)
         z = F.linear(x, weight.start) - moved
         return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
-    rows = positions(x, clients)
-    if few_and_long(rows, weight):
-        z = inner(rows, weight.expand(clients, -1, -1))
-        return (z if bias is None else z.add_(bias[:, None])).view(*x.shape[:-1], -1), x.detach()
     if len(weight) == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()
+    rows = positions(x, clients)
+    if few_and_long(rows, weight):
+        z = inner(rows, weight)
+        return (z if bias is None else z.add_(bias[:, None])).view(*x.shape[:-1], -1), x.detach()
     z = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
     return z.view(*x.shape[:-1], -1), x.detach()
 

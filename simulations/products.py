@@ -37,6 +37,15 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
         torch.bmm(a, b, out=out)
 
 
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """``[M, D]`` times ``[D, N]``: of many rows with many."""
+    if torch.get_num_threads() > 1 or not _here(a) or a.requires_grad or b.requires_grad:
+        return a @ b
+    out = a.new_empty(1, a.shape[0], b.shape[1])
+    _aside(a[None], b[None], out, b.shape[1])
+    return out[0]
+
+
 def shiftable(x: Tensor) -> bool:
     """Whether :func:`shifted` is there for images ``[N, C, ...]``, and quicker than a product of patches."""
     return x.shape[1] >= CHANNELS and _here(x)

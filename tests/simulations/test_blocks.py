@@ -10,6 +10,7 @@ from torch import nn
 from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
 from fedtailor.client.safe_optimizer import quiet_hooks
+from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import convolutions
 from fedtailor.simulations.blocks import block_train
@@ -101,6 +102,27 @@ def test_the_wide_layers_weights_are_not_made(monkeypatch):
     monkeypatch.setattr(Descent, "total", lambda self, weights, start: thin.append(sorted(self.seen)) or {})
     block_train(recipe, strategies.fedavg(), 0.3, together=True)({"params": params}, {}, batches, live, counts)
     assert thin == [["outer.weight", "wide.weight"]]
+
+
+class Fickle(nn.Module):
+    """Its first layer is given the examples themselves in the first step, and others from then on."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head, self.steps = nn.Linear(300, 200), nn.Linear(200, 3), 0
+
+    def forward(self, x):
+        self.steps += 1
+        return self.head(torch.tanh(self.wide(x if self.steps == 1 else 2 * x)))
+
+
+def test_a_layer_that_is_given_the_examples_is_given_them_in_every_step():
+    recipe, inputs = made("wide")
+    recipe = recipe._replace(model=lambda: Fickle().double())
+    params, batches, live, counts = world(recipe, inputs, None)
+    many = block_train(recipe, strategies.fedavg(), 0.3, together=True)
+    with pytest.raises(ConfigError, match=r"wide\.weight is given the examples in one step .*simulation\.path=vmap"):
+        many({"params": params}, {}, batches, live, counts)
 
 
 def test_what_a_strategy_casts_is_not_changed_in_place():
@@ -258,15 +280,24 @@ def test_an_example_that_is_not_finite_is_nothing_and_a_long_one_is_clipped(name
     assert_close(found, expected, 1e-4)
 
 
-def test_rows_by_number_are_the_rows():
-    recipe, inputs = made("mlp")
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "wide", "wide twice", "conv2d"])
+def test_rows_by_number_are_the_rows(name, together):
+    """Also where products of rows with rows are made of all of a client's at once, as "wide" ones' are."""
+    recipe, inputs = made(name)
     params, batches, live, counts = world(recipe, inputs, None)
     table = Part(batches["x"].flatten(0, 2), batches["y"].flatten())
     order = torch.randperm(len(table.y), generator=torch.Generator().manual_seed(0))
     rows = order.argsort().view(K, S, B)
     named = {n: x for n, x in batches.items() if n not in ("x", "y")} | {"rows": rows}
     feed = Feed(Part(table.x[order], table.y[order]))
-    expected = block_train(recipe, strategies.fedavg(), 0.3)({"params": params}, {}, batches, live, counts)
-    found = block_train(recipe, strategies.fedavg(), 0.3, feed=feed)({"params": params}, {}, named, live, counts)
-    assert_close(found, expected)
+    fedavg, given = strategies.fedavg(), (live, counts)
+    expected, _ = block_train(recipe, fedavg, 0.3)({"params": params}, {}, batches, *given)
+    expected = tree.map(lambda x: x.sum(0)[None], expected) if together else expected
+    many = block_train(recipe, fedavg, 0.3, feed=feed, together=together)
+    other = named | {"rows": rows.flip(0), "live": batches["live"].flip(0)}
+    for batch, wanted in ((named, expected), (other, None), (named, expected)):  # another block in between
+        found, _ = many({"params": params}, {}, batch, *given)
+        if wanted is not None:
+            assert_close((found, {}), (wanted, {}))
     assert all(torch.equal(feed.all(named)[n], batches[n]) for n in batches)
