@@ -1,12 +1,15 @@
 """One side of benchmarks/simulation.py: federated averaging by pfl-research, run by an interpreter that has it.
 
-    python pfl_peer.py MODEL ROUNDS        prints the processor seconds of each round after the second, as JSON
+    python pfl_peer.py MODEL ROUNDS [clock]        prints the seconds of each round after the second, as JSON
+
+Seconds are its processor's, or by the clock. Several processes, as `torch.distributed.run` starts them, share the clients.
 
 The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1.
 """
 
 import asyncio
 import json
+import os
 import sys
 import time
 import types
@@ -21,9 +24,9 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 CLIENTS, POINTS, BATCH, RATE = 50, 50, 10, 0.1
 
 
-def main(name: str, rounds: int) -> None:
+def main(name: str, rounds: int, by: str = "processor") -> None:
     """Run and print."""
-    torch.set_num_threads(1)
+    now = time.perf_counter if by == "clock" else time.process_time
     torch.manual_seed(0)
     np.random.seed(0)
     asyncio.set_event_loop(asyncio.new_event_loop())  # pfl asks for one
@@ -52,7 +55,7 @@ def main(name: str, rounds: int) -> None:
 
     class Clock(TrainingProcessCallback):
         def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
-            marks.append(time.process_time())
+            marks.append(now())
             return False, Metrics()
 
     FederatedAveraging().run(
@@ -71,8 +74,9 @@ def main(name: str, rounds: int) -> None:
         callbacks=[Clock()],
         send_metrics_to_platform=False,
     )
-    print(json.dumps([after - before for before, after in zip(marks[1:], marks[2:], strict=False)]))
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(json.dumps([after - before for before, after in zip(marks[1:], marks[2:], strict=False)]))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

@@ -11,7 +11,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.simulations.feed import Rooms, room
 from fedtailor.simulations.gradients import Part, Uses
 from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
-from fedtailor.simulations.products import multiply, product
+from fedtailor.simulations.products import product, with_each_other
 
 SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
 
@@ -154,7 +154,7 @@ class Descent:
         if self.examples is not None and len(uses) == 1 and same(uses[0][0], x):
             inputs = self.examples().reshape(clients, rows, features)
             products = room(rooms, f"{name} products", (clients, rows, rows), start)
-            multiply(inputs, inputs.mT, products)
+            with_each_other(inputs, products)
             self.seen[name] = Seen(start, inputs, deltas, products)
             return
         inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)

@@ -39,11 +39,19 @@ def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
 
 def product(a: Tensor, b: Tensor) -> Tensor:
     """``[M, D]`` times ``[D, N]``: of many rows with many."""
-    if torch.get_num_threads() > 1 or not _here(a) or a.requires_grad or b.requires_grad:
+    if not _alone(a) or a.requires_grad or b.requires_grad:
         return a @ b
     out = a.new_empty(1, a.shape[0], b.shape[1])
     _aside(a[None], b[None], out, b.shape[1])
     return out[0]
+
+
+def with_each_other(x: Tensor, out: Tensor) -> None:
+    """The inner products of every ``[N, D]`` of ``x [K, N, D]`` with itself into ``out [K, N, N]``."""
+    if _alone(x):
+        _aside(x, x.mT, out, x.shape[1])
+    else:
+        torch.bmm(x, x.mT, out=out)
 
 
 def shiftable(x: Tensor) -> bool:
@@ -68,6 +76,11 @@ def few_and_long(a: Tensor, b: Tensor) -> bool:
     if length < LONG or min(rows, others) < 2 or rows * length * 2 > MOST or a.requires_grad or b.requires_grad:
         return False
     return _here(a)
+
+
+def _alone(x: Tensor) -> bool:
+    """Whether there is one thread: several do better by torch's library, which shares a large product among them."""
+    return torch.get_num_threads() == 1 and _here(x)
 
 
 def _here(x: Tensor) -> bool:
