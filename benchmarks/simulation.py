@@ -31,6 +31,7 @@ import torch
 
 from benchmarks.simulation_peers import blazefl, flower, peer, pfl, younger
 from benchmarks.simulation_world import Run, World
+from fedtailor.simulations.hardware import keep_pages
 
 Times = dict[str, list[float]]
 
@@ -146,6 +147,7 @@ def main() -> None:
     parser.add_argument("--ray", type=Path, help="where Flower with Ray is, or is to be installed")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_pages()  # as every simulation does
     warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
     blaze = arguments.blazefl

@@ -15,7 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fedtailor import control, pki, proposal, store
+from fedtailor import control, heap, pki, proposal, store
 from fedtailor.config import build, readable
 from fedtailor.errors import ConfigError, ConnectionFailed
 from fedtailor.leaving import Leaving
@@ -26,7 +26,7 @@ from fedtailor.server import renewal, roster, withdrawals
 from fedtailor.server.enrolment import Gate, gated
 from fedtailor.server.home import Home
 from fedtailor.server.listener import Bell, described, public, serve, wait_until_started
-from fedtailor.server.memory import drop_code, drop_free, keep_heaps_few
+from fedtailor.server.memory import drop_code, keep_heaps_few
 from fedtailor.server.noise import forget
 from fedtailor.server.runs import DONE, Run
 from fedtailor.server.studies import execute, propose
@@ -84,7 +84,7 @@ class Coordinator:
 
             drop_code()
             gc.collect()
-            drop_free()
+            heap.trim()
             gc.freeze()  # what is loaded by now stays: later sweeps need not look at it
             try:
                 self.server.run()

@@ -1,12 +1,14 @@
-"""What the coordinator's process hands back to the system: freed blocks, and code that only its start needed."""
+"""What the coordinator's process keeps of memory, and hands back to the system: code, too, that only its start needed."""
 
 import ctypes
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from fedtailor import heap
+
 _RANGE = re.compile(r"([0-9a-f]+)-([0-9a-f]+) (r-[x-]p) \S+ \S+ \S+ +/")  # a file's pages, which nobody may write to
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX, _MADV_DONTNEED = -1, -3, -8, 4
+_MADV_DONTNEED = 4
 KEPT = 12 * 1024 * 1024  # bytes that may lie free at a heap's end: the next chunk needs as much at once
 LARGE = 32 * 1024 * 1024  # bytes from which a block is mapped, and unmapped when it is freed: glibc's most
 
@@ -18,21 +20,7 @@ def keep_heaps_few() -> None:
     and the process grows to many times the model; or, for blocks of this size, maps fresh pages for every copy, which takes
     the kernel longer than copying.
     """
-    try:
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(_M_MMAP_THRESHOLD, LARGE)
-        libc.mallopt(_M_TRIM_THRESHOLD, KEPT)
-        libc.mallopt(_M_ARENA_MAX, 2)
-    except (OSError, AttributeError):
-        pass  # another C library: it will do as it does
-
-
-def drop_free() -> None:
-    """Return the free pages of the heaps to the system, wherever they lie in them."""
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    except (OSError, AttributeError):
-        pass  # another C library
+    heap.keep(free=KEPT, large=LARGE, arenas=2)
 
 
 def drop_code() -> None:

@@ -9,6 +9,7 @@ import logging
 import time
 from functools import partial
 
+from fedtailor import heap
 from fedtailor import recipe as recipes
 from fedtailor.config import build
 from fedtailor.errors import FedtailorError, StoreError
@@ -20,7 +21,7 @@ from fedtailor.result import Ending
 from fedtailor.server import slicewise
 from fedtailor.server.folding import advance, counted
 from fedtailor.server.listener import Bell
-from fedtailor.server.memory import drop_code, drop_free
+from fedtailor.server.memory import drop_code
 from fedtailor.server.noise import forget, noise_key, releasing
 from fedtailor.server.record import Progress, noted, result_of
 from fedtailor.server.runs import Run
@@ -98,7 +99,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
     _, progress = run.checkpoint(plan.digest())  # the state lies there only: in memory it would be a copy of the model
     events.emit("started", run=run.name, study=plan.study, round=progress.round, rounds=plan.rounds)
     run.write_status("running", progress.round)
-    drop_free()
+    heap.trim()
     drop_code()  # what made the first state
     tour = Tour(run, plan, strategy, setting, events)
     like = slicewise.shaped(tour.leaves.spec())
@@ -121,7 +122,7 @@ def _execute(run: Run, setting: Setting, events: Events) -> Progress:
                 run.save(advance(strategy, tour.state, acc, round, like), progress, plan.digest())
             releasing(run, plan, progress.round)
             del closed, acc
-            drop_free()
+            heap.trim()
             run.write_status("running", progress.round)
             inside, root = sorted(last.witnesses), last.root()
             events.emit("round", run=run.name, round=progress.round, rounds=plan.rounds, seconds=seconds, sites=inside,

@@ -7,7 +7,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from fedtailor import store
+from fedtailor import heap, store
 from fedtailor.config import Experiment, build, groups, load
 from fedtailor.errors import ConfigError
 from fedtailor.privacy.planning import resolve
@@ -15,6 +15,7 @@ from fedtailor.report import write_run
 from fedtailor.result import Result
 from fedtailor.simulations import flower_engine, policies, traces
 from fedtailor.simulations.clients import epsilon_of, sampling_of
+from fedtailor.simulations.hardware import keep_pages
 from fedtailor.simulations.run import simulate as run_study
 from fedtailor.simulations.setting import OnEvent
 from fedtailor.study import Plan
@@ -72,7 +73,7 @@ def run(
         return Simulated(result.model_copy(update={"simulation": said}), params, plan)
     sources: dict[str, Any] = build(simulation.data, dict)
     rules = None if simulation.policy is None else policies.read(simulation.policy, plan.sites)
-    with _threads(simulation.threads):
+    with _set_up(simulation.threads):
         result, params = run_study(
             plan,
             sources,
@@ -114,15 +115,18 @@ def told(experiment: Experiment) -> dict[str, Any]:
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def _set_up(threads: int | None) -> Iterator[None]:
+    """This process for a simulation."""
     import torch
 
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(threads or before)
+    keep_pages()
     try:
         yield
     finally:
         torch.set_num_threads(before)
+        heap.trim()
 
 
 def resolved(experiment: Experiment) -> Plan:

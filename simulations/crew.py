@@ -28,7 +28,7 @@ from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.cohort import feed_from
 from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.engine import in_blocks
-from fedtailor.simulations.hardware import HOST, across, device_of, placed, recipe_on
+from fedtailor.simulations.hardware import HOST, across, device_of, keep_pages, placed, recipe_on
 from fedtailor.simulations.paths import Task, Way, forced
 from fedtailor.simulations.precision import multiplied
 from fedtailor.strategy import Strategy
@@ -190,6 +190,7 @@ def begun(rows: Tree, said: dict[str, Any]) -> Callable[[Tree], Tree]:
     sampling = None if said["sampling"] is None else Sampling(*said["sampling"])
     duty = Duty(**said | {"sampling": sampling})
     torch.set_num_threads(duty.threads)
+    keep_pages()
     train, clipped = served(duty, Part(rows["x"], rows["y"])), Plan.parse(duty.plan).record is not None
 
     def work(told: Tree) -> Tree:

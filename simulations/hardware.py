@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fedtailor import tree
+from fedtailor import heap, tree
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Dataset, Part, Recipe
 from fedtailor.simulations.cohort import rows_of
@@ -20,7 +20,14 @@ from fedtailor.study import Plan
 from fedtailor.tree import Tree
 
 HOST = torch.device("cpu")
+KEPT = 1 << 30  # bytes that may lie free between two steps; a larger block is mapped anew each time
 HOSTS_OWN = "noise_seed"  # of a batch: whose streams the host draws
+
+
+def keep_pages() -> None:
+    """Have what a step makes lie where the step before had it: a convolution's outputs are tens of megabytes, and gone
+    after each. It holds for all of this process."""
+    heap.keep(free=KEPT, large=KEPT)
 
 
 def device_of(asked: str) -> torch.device:

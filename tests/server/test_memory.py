@@ -60,6 +60,7 @@ def test_half_of_the_code_is_let_go_and_all_of_it_still_runs() -> None:
 
 CHUNKS = """
 import os, threading
+from fedtailor import heap
 from fedtailor.server import memory
 
 CHUNK, PEERS = 5 * 2**20, 24
@@ -81,7 +82,7 @@ before = resident()
 barrier = threading.Barrier(PEERS)
 threads = [threading.Thread(target=passes, args=[barrier]) for _ in range(PEERS)]
 [t.start() for t in threads]; [t.join() for t in threads]
-memory.drop_free()
+heap.trim()
 print(resident() - before)
 """
 

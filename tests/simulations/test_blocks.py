@@ -10,7 +10,6 @@ from torch import nn
 from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
 from fedtailor.client.safe_optimizer import quiet_hooks
-from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import convolutions
 from fedtailor.simulations.blocks import block_train
@@ -102,27 +101,6 @@ def test_the_wide_layers_weights_are_not_made(monkeypatch):
     monkeypatch.setattr(Descent, "total", lambda self, weights, start: thin.append(sorted(self.seen)) or {})
     block_train(recipe, strategies.fedavg(), 0.3, together=True)({"params": params}, {}, batches, live, counts)
     assert thin == [["outer.weight", "wide.weight"]]
-
-
-class Fickle(nn.Module):
-    """Its first layer is given the examples themselves in the first step, and others from then on."""
-
-    def __init__(self):
-        super().__init__()
-        self.wide, self.head, self.steps = nn.Linear(300, 200), nn.Linear(200, 3), 0
-
-    def forward(self, x):
-        self.steps += 1
-        return self.head(torch.tanh(self.wide(x if self.steps == 1 else 2 * x)))
-
-
-def test_a_layer_that_is_given_the_examples_is_given_them_in_every_step():
-    recipe, inputs = made("wide")
-    recipe = recipe._replace(model=lambda: Fickle().double())
-    params, batches, live, counts = world(recipe, inputs, None)
-    many = block_train(recipe, strategies.fedavg(), 0.3, together=True)
-    with pytest.raises(ConfigError, match=r"wide\.weight is given the examples in one step .*simulation\.path=vmap"):
-        many({"params": params}, {}, batches, live, counts)
 
 
 def test_what_a_strategy_casts_is_not_changed_in_place():

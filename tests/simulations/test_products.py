@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from folk import made, world
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from fedtailor import strategies, tree
+from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
 from fedtailor.simulations import convolutions, products
 from fedtailor.simulations.blocks import block_train
@@ -131,3 +133,24 @@ def test_a_block_with_long_rows_learns_what_one_client_after_another_does(
     thin = hidden == 40 and together
     large = [(clients, steps * batch, length), (1, hidden, clients * steps * batch)] * (threads == 1)
     assert made_aside == (large if thin else [(clients, batch, length)] * (steps - 1))  # at first all share weights
+
+
+class Fickle(nn.Module):
+    """Its first layer is given the examples themselves in the first step, and others from then on."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head, self.steps = nn.Linear(300, 200), nn.Linear(200, 3), 0
+
+    def forward(self, x):
+        self.steps += 1
+        return self.head(torch.tanh(self.wide(x if self.steps == 1 else 2 * x)))
+
+
+def test_a_layer_that_is_given_the_examples_is_given_them_in_every_step():
+    recipe, inputs = made("wide")
+    recipe = recipe._replace(model=lambda: Fickle().double())
+    params, batches, live, counts = world(recipe, inputs, None)
+    many = block_train(recipe, strategies.fedavg(), 0.3, together=True)
+    with pytest.raises(ConfigError, match=r"wide\.weight is given the examples in one step .*simulation\.path=vmap"):
+        many({"params": params}, {}, batches, live, counts)
