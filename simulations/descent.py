@@ -11,7 +11,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.simulations.feed import Rooms, room
 from fedtailor.simulations.gradients import Part, Uses
 from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
-from fedtailor.simulations.products import product, with_each_other
+from fedtailor.simulations.products import product, with_earlier
 
 SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
 
@@ -23,7 +23,7 @@ class Seen:
     start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D], filled from the front
     deltas: Tensor  # [K, N, P]
-    products: Tensor | None = None  # [K, N, N], of all inputs: they are the examples, and so were known at once
+    products: Tensor | None = None  # of inputs with earlier ones: they are the examples, and so were known at once
     filled: int = 0
 
     def add(self, name: str, uses: Uses, clients: int, examples: Tensor) -> Thin:
@@ -43,7 +43,7 @@ class Seen:
                 )
             self.deltas[:, part] = deltas
             self.filled = part.stop
-        known = None if self.products is None else self.products[:, part.stop : 2 * part.stop - part.start, : part.stop]
+        known = None if self.products is None else self.products[:, part, : self.filled]  # its rows begin a batch later
         return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled], known)
 
 
@@ -151,10 +151,11 @@ class Descent:
             return
         start = self.params[name][0]
         deltas = room(rooms, f"{name} deltas", (clients, rows, outputs), start)
-        if self.examples is not None and len(uses) == 1 and same(uses[0][0], x):
+        if self.examples is not None and self.steps > 1 and len(uses) == 1 and same(uses[0][0], x):
             inputs = self.examples().reshape(clients, rows, features)
-            products = room(rooms, f"{name} products", (clients, rows, rows), start)
-            with_each_other(inputs, products)
+            batch = rows // self.steps
+            products = room(rooms, f"{name} products", (clients, rows - batch, rows - batch), start)
+            with_earlier(inputs, batch, products)
             self.seen[name] = Seen(start, inputs, deltas, products)
             return
         inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)

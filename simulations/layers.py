@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedtailor.simulations.products import few_and_long, inner
+from fedtailor.simulations.products import few_and_long, inner, product
 from fedtailor.tree import Params
 
 
@@ -69,7 +69,7 @@ def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple
         rows = positions(x, clients)
         products = inner(rows, weight.inputs) if weight.products is None else weight.products
         moved = torch.bmm(products, weight.deltas).view(*x.shape[:-1], -1)
-        z = F.linear(x, weight.start) - moved
+        z = product(x.flatten(0, -2), weight.start.mT).view(moved.shape) - moved
         return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
     if len(weight) == 1:
         return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()

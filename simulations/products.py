@@ -46,12 +46,13 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out[0]
 
 
-def with_each_other(x: Tensor, out: Tensor) -> None:
-    """The inner products of every ``[N, D]`` of ``x [K, N, D]`` with itself into ``out [K, N, N]``."""
+def with_earlier(x: Tensor, batch: int, out: Tensor) -> None:
+    """The inner products of rows of ``x [K, N, D]``, all but the first batch's, with all but the last batch's."""
+    rows, others = x[:, batch:], x[:, :-batch].mT
     if _alone(x):
-        _aside(x, x.mT, out, x.shape[1])
+        _aside(rows, others, out, others.shape[2])
     else:
-        torch.bmm(x, x.mT, out=out)
+        torch.bmm(rows, others, out=out)
 
 
 def shiftable(x: Tensor) -> bool:

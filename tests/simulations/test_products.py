@@ -104,12 +104,12 @@ def test_a_convolution_with_strides_is_left_to_patches(made_aside, monkeypatch):
 
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("hidden,threads", [(2, 1), (40, 1), (40, 2)])
+@pytest.mark.parametrize("hidden,threads,steps", [(2, 1, 3), (40, 1, 3), (40, 2, 3), (40, 1, 1)])
 def test_a_block_with_long_rows_learns_what_one_client_after_another_does(
-    made_aside, monkeypatch, hidden, threads, bias, together
+    made_aside, monkeypatch, hidden, threads, steps, bias, together
 ):
     """With 40 hidden units and a sum in one go, the clients' own weights are never made; nor is any product twice."""
-    clients, steps, batch, length = 7, 3, 4, 1100
+    clients, batch, length = 7, 4, 1100
     rng = torch.Generator().manual_seed(1)
     model = lambda: nn.Sequential(nn.Linear(length, hidden, bias=bias), nn.Tanh(), nn.Linear(hidden, 3)).double()  # noqa: E731
     losses = lambda out, y: nn.functional.cross_entropy(out, y, reduction="none")  # noqa: E731
@@ -131,7 +131,9 @@ def test_a_block_with_long_rows_learns_what_one_client_after_another_does(
         total, mine = expected.sum(0), tree.flatten(found)[name].sum(0)
         torch.testing.assert_close(mine, total, rtol=1e-10, atol=1e-12)
     thin = hidden == 40 and together
-    large = [(clients, steps * batch, length), (1, hidden, clients * steps * batch)] * (threads == 1)
+    first = [(clients, (steps - 1) * batch, length)] * (steps > 1)  # rows with earlier ones
+    each = [(1, clients * batch, length)] * (steps - 1)  # by what all began with
+    large = [*first, *each, (1, hidden, clients * steps * batch)] * (threads == 1)
     assert made_aside == (large if thin else [(clients, batch, length)] * (steps - 1))  # at first all share weights
 
 
