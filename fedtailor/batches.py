@@ -16,9 +16,11 @@ def draw(local: LocalTraining, examples: int, seed: int, round: int, client: str
 
     For training without privacy and for simulations. A private deployment draws from a CSPRNG instead.
     """
-    drawn = torch.empty(local.steps, examples)
+    drawn, generator = torch.empty(local.steps, examples), torch.Generator()
     for step, row in enumerate(drawn):
-        torch.rand(examples, generator=seeds.generator(seed, "sample", round, client, step), out=row)
+        torch.rand(
+            examples, generator=generator.manual_seed(seeds.number(seed, "sample", round, client, step)), out=row
+        )
     return (drawn < local.rate).float()
 
 

@@ -23,7 +23,7 @@ def generator(seed: int, purpose: str, *key: int | str) -> torch.Generator:
 
 def number(seed: int, purpose: str, *key: int | str) -> int:
     """A number of 63 bits for one purpose."""
-    text = "\x1f".join(["fedtailor", str(seed), purpose, *(f"{type(k).__name__}:{k}" for k in key)])
+    text = "\x1f".join(["fedtailor", str(seed), purpose, *[f"{type(k).__name__}:{k}" for k in key]])
     digest = hashlib.sha256(text.encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 

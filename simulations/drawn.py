@@ -16,6 +16,7 @@ class Drawn(NamedTuple):
     """Client k's rows follow from the seed and k alone."""
 
     classes: tuple[NDArray[np.int64], ...]  # the rows of each
+    prior: NDArray[np.float64]  # each one's share of the rows
     rows: int
     alpha: float | None
     seed: int
@@ -23,8 +24,7 @@ class Drawn(NamedTuple):
     def of(self, client: int) -> Tensor:
         """A client's rows, ascending; one that is drawn twice is there twice."""
         rng = np.random.default_rng(seeds.number(self.seed, "partition", "drawn", client))
-        prior = np.array([len(rows) for rows in self.classes]) / sum(len(rows) for rows in self.classes)
-        mixture = prior if self.alpha is None else rng.dirichlet(self.alpha * prior)
+        mixture = self.prior if self.alpha is None else rng.dirichlet(self.alpha * self.prior)
         counts = rng.multinomial(self.rows, mixture)
         found = [rows[rng.integers(len(rows), size=n)] for rows, n in zip(self.classes, counts, strict=True)]
         return torch.from_numpy(np.sort(np.concatenate(found)))
@@ -50,5 +50,6 @@ def drawn(y: Tensor, clients: int, rows: int, seed: int, alpha: float | None = N
     if alpha is not None and not 1e-6 <= alpha <= 1e6:
         raise ConfigError(f"alpha={alpha}: not a number from 1e-6 to 1e6, or null")
     labels = np.unique(y.cpu().numpy(), return_inverse=True)[1]
-    by_class = np.split(np.argsort(labels, kind="stable"), np.bincount(labels).cumsum()[:-1])
-    return Drawn(tuple(by_class), rows, alpha, seed)
+    counts = np.bincount(labels)
+    by_class = np.split(np.argsort(labels, kind="stable"), counts.cumsum()[:-1])
+    return Drawn(tuple(by_class), counts / len(y), rows, alpha, seed)
