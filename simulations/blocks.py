@@ -80,7 +80,8 @@ def block_train(
         start = begin(known) if starts else shared
         thin = weighted is not None and not corrects and not noisy  # noise has no low rank
         kept = None if weighted is None else rooms
-        how: tuple[Any, ...] = not starts, thin, kept, partial(feed.examples, batches, rooms)
+        examples = partial(feed.examples, batches, rooms) if clip is None else None  # clipped, some may count as zeros
+        how: tuple[Any, ...] = not starts, thin, kept, examples
         sets = {name: Descent(params, steps, *how) for name, params in _sets(start).items()}
         correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         rate, like = lr * live, feed.shapes(batches)

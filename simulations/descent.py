@@ -61,7 +61,7 @@ class Descent:
         shared: whether all clients begin with the same.
         thin: whether the clients' own weights may never be made, where that is less work.
         rooms: for parameters and what replaces them, where nobody keeps either; None where somebody may.
-        examples: makes all steps' ``[K, S * B, ...]``, a client's one after another.
+        examples: makes all steps' ``[K, S * B, ...]``, a client's one after another; None where others may be learnt from.
     """
 
     params: dict[str, Any]

@@ -53,9 +53,7 @@ class Thin(NamedTuple):
     start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D]
     deltas: Tensor  # [K, N, P]
-    products: Tensor | None = (
-        None  # [K, B, N]: of the rows that come next with ``inputs``, where they are known already
-    )
+    products: Tensor | None = None  # [K, B, N]: of the next rows with ``inputs``, where they are known already
 
 
 def positions(x: Tensor, clients: int) -> Tensor:

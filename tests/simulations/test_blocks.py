@@ -258,6 +258,18 @@ def test_an_example_that_is_not_finite_is_nothing_and_a_long_one_is_clipped(name
     assert_close(found, expected, 1e-4)
 
 
+@pytest.mark.parametrize("step", range(S))
+def test_an_example_that_is_not_finite_is_nothing_where_no_client_has_weights_either(step):
+    recipe, inputs = made("wide")
+    params, batches, live, counts = world(recipe, inputs, None)
+    batches["live"][:], batches["x"][0, step, 2] = 1.0, float("nan")
+    fedavg, rest = strategies.fedavg(), (live, counts)
+    still = {"noise": tree.map(lambda p: torch.zeros(K, S, *p.shape, dtype=p.dtype), params)}
+    each, _ = one_by_one(reference(recipe, fedavg, CLIP), {"params": params}, {}, batches | still, *rest)
+    found, _ = block_train(recipe, fedavg, 0.3, CLIP, together=True)({"params": params}, {}, batches, *rest)
+    assert_close((found, {}), (tree.map(lambda x: x.sum(0)[None], each), {}))
+
+
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("name", ["mlp", "wide", "wide twice", "conv2d"])
 def test_rows_by_number_are_the_rows(name, together):
