@@ -1,12 +1,11 @@
 """One side of benchmarks/simulation.py: federated averaging by BlazeFL, run by an interpreter that has it.
 
-    python blaze_peer.py MODEL ROUNDS WORKERS        prints the seconds of each round after the second, by the clock, as JSON
+    python blaze_peer.py MODEL ROUNDS WORKERS        prints the seconds of each round by the clock as JSON, two of warm-up apart
 
 The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1. WORKERS
 are threads or processes, one a core, or none: one client after another. All is BlazeFL's own FedAvg, without evaluation.
 """
 
-import json
 import os
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from blazefl.core import IPCMode  # noqa: E402
 from torch.utils.data import DataLoader, TensorDataset  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(__file__))
+from peer_rounds import COLD, say  # noqa: E402
+
 CLIENTS, POINTS, BATCH, RATE, SEED = 50, 50, 10, 0.1, 0
 
 
@@ -67,7 +68,7 @@ def main(name, rounds, workers, folder):
     torch.set_num_threads(1)
     clients, models, cores = Clients(), Models(), os.cpu_count() or 1
     server = FedAvgBaseServerHandler(
-        models, name, clients, global_round=rounds + 2, num_clients=CLIENTS, sample_ratio=1.0, device="cpu",
+        models, name, clients, global_round=rounds + COLD, num_clients=CLIENTS, sample_ratio=1.0, device="cpu",
         batch_size=BATCH, seed=SEED,
     )  # fmt: skip
     common = {
@@ -89,7 +90,7 @@ def main(name, rounds, workers, folder):
         for package in trainer.uplink_package():
             server.load(package)
         marks.append(time.perf_counter())
-    print(json.dumps([after - before for before, after in zip(marks[2:], marks[3:], strict=False)]))
+    say(marks)
 
 
 if __name__ == "__main__":

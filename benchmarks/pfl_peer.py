@@ -1,6 +1,6 @@
 """One side of benchmarks/simulation.py: federated averaging by pfl-research, run by an interpreter that has it.
 
-    python pfl_peer.py MODEL ROUNDS [clock]        prints the seconds of each round after the second, as JSON
+    python pfl_peer.py MODEL ROUNDS [clock]        prints the seconds of each round as JSON, two of warm-up apart
 
 Seconds are its processor's, or by the clock. Several processes, as `torch.distributed.run` starts them, share the clients.
 
@@ -8,7 +8,6 @@ The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points,
 """
 
 import asyncio
-import json
 import os
 import sys
 import time
@@ -30,6 +29,7 @@ def main(name: str, rounds: int, by: str = "processor") -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     asyncio.set_event_loop(asyncio.new_event_loop())  # pfl asks for one
+    from peer_rounds import COLD, say
     from pfl.aggregate.simulate import SimulatedBackend
     from pfl.aggregate.weighting import WeightByUser
     from pfl.algorithm import FederatedAveraging, NNAlgorithmParams
@@ -54,13 +54,17 @@ def main(name: str, rounds: int, by: str = "processor") -> None:
     marks = []
 
     class Clock(TrainingProcessCallback):
+        def on_train_begin(self, *, model):
+            marks.append(now())
+            return Metrics()
+
         def after_central_iteration(self, aggregate_metrics, model, *, central_iteration):
             marks.append(now())
             return False, Metrics()
 
     FederatedAveraging().run(
         algorithm_params=NNAlgorithmParams(
-            central_num_iterations=rounds + 2,
+            central_num_iterations=rounds + COLD,
             evaluation_frequency=10**9,
             train_cohort_size=CLIENTS,
             val_cohort_size=0,
@@ -75,7 +79,7 @@ def main(name: str, rounds: int, by: str = "processor") -> None:
         send_metrics_to_platform=False,
     )
     if int(os.environ.get("RANK", "0")) == 0:
-        print(json.dumps([after - before for before, after in zip(marks[1:], marks[2:], strict=False)]))
+        say(marks)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
 """One side of benchmarks/simulation.py: stock Flower's simulation on Ray, run by an interpreter that has it.
 
-    python ray_peer.py MODEL ROUNDS        prints the seconds of each round after the second, by the clock, as JSON
+    python ray_peer.py MODEL ROUNDS        prints the seconds of each round by the clock as JSON, two of warm-up apart
 
 The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1. Each
 actor has one core; all actors of the machine work at once. MODEL nothing: clients that send back what they were sent.
 """
 
-import json
 import os
 import sys
 import time
@@ -24,6 +23,8 @@ from torch import nn  # noqa: E402
 from torch.nn.functional import cross_entropy  # noqa: E402
 
 sys.path.insert(0, os.path.dirname(__file__))
+from peer_rounds import COLD, say  # noqa: E402
+
 CLIENTS, POINTS, BATCH, RATE = 50, 50, 10, 0.1
 NAME, ROUNDS = sys.argv[1], int(sys.argv[2])
 MARKS: list[float] = []
@@ -76,10 +77,11 @@ server = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Rounds of all clients, without evaluation."""
     strategy = Clocked(fraction_evaluate=0.0, min_train_nodes=CLIENTS, min_available_nodes=CLIENTS)
-    strategy.start(grid, ArrayRecord(net().state_dict()), num_rounds=ROUNDS + 2)
+    MARKS.append(time.perf_counter())
+    strategy.start(grid, ArrayRecord(net().state_dict()), num_rounds=ROUNDS + COLD)
 
 
 if __name__ == "__main__":
     resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"include_dashboard": False}}
     run_simulation(server, client, CLIENTS, backend_config=resources)
-    print(json.dumps([b - a for a, b in zip(MARKS[1:], MARKS[2:], strict=False)]))
+    say(MARKS)

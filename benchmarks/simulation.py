@@ -1,39 +1,46 @@
 """How fast the simulator trains clients, beside a plain PyTorch loop, Opacus and the simulators of others.
 
     python -m benchmarks.simulation [--quick] [--json] [--peers DIR] [--blazefl DIR] [--ray DIR]
-                                    [averaging] [private] [clock] [clipping]
+                                    [averaging] [private] [whole] [clock] [clipping]
 
     averaging   pfl-research's CIFAR-10 shape: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1, plain averaging
     private     record-level DP-SGD with noise: tabular, 50 clients of 40 rows; a small CNN, 20 clients of 40 images
+    whole       the former's tabular round with the drawing of its batches: Poisson samples, a quarter of a client's rows
     clock       the first shape by the clock, on all cores, beside the simulators of others, each in several ways
     clipping    what clipping every example's gradient costs: the same run without it, noise apart
 
 Figures are of one round, from data at rest to the next model, without evaluation. Those of ``clock`` are seconds by the
-clock, and want a quiet machine; the others are processor seconds of one thread, and all sides take turns. The median is
-followed by the least and the greatest. ``--peers DIR`` is a virtual environment that has torch and pfl; it is made there
-if there is none (`pip install torch pfl==0.6.0`). So are those of ``--blazefl DIR`` (`blazefl[contrib,reproducibility]`,
-by a Python from 3.12 on; threads are what it is made for, and a build without the GIL is what they want) and of
-``--ray DIR`` (`flwr[simulation]==1.41.*`).
+clock, and want a quiet machine; the others are processor seconds of one thread. All sides take turns, and the first is
+measured before and after each turn of another: a ratio is that turn's to what was around it (benchmarks/turns.py). The
+median is followed by the least and the greatest. Warm-up is the two rounds that do not count, of a peer each time that
+its process is started; it and the time that a compiler took are shown apart, the latter by the clock.
+
+``--peers DIR`` is a virtual environment that has torch and pfl; it is made there if there is none (`pip install torch
+pfl==0.6.0`). So are those of ``--blazefl DIR`` (`blazefl[contrib,reproducibility]`, by a Python from 3.12 on; threads are
+what it is made for, and a build without the GIL is what they want) and of ``--ray DIR`` (`flwr[simulation]==1.41.*`).
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 import warnings
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.machine import machine, versions
 from benchmarks.simulation_peers import blazefl, flower, peer, pfl, younger
-from benchmarks.simulation_world import Run, World
+from benchmarks.simulation_world import World
+from benchmarks.turns import Figures, Side, here, in_turns, plain, table
 from fedtailor.simulations.hardware import keep_pages
 
-Times = dict[str, list[float]]
+Sets = dict[str, dict[str, Figures]]
+HERE = ("fedtailor", "torch", "numpy", "opacus")  # whose versions are told
+SLOW = 3  # turns, at most, of what takes seconds a round
 
 
 class Peers(NamedTuple):
@@ -43,134 +50,139 @@ class Peers(NamedTuple):
     blazefl: Path | None = None
     ray: Path | None = None
 
-
-def in_turns(sides: dict[str, Run], repetitions: int, elsewhere: Callable[[], list[float]] | None = None) -> Times:
-    """Processor seconds of a round of each side, the sides taking turns; a turn lasts a tenth of a second or more."""
-    often, found = {}, {name: list[float]() for name in sides}
-    for name, run in sides.items():
-        run()
-        often[name] = max(1, round(0.1 / max(_seconds(run, 1), 1e-4)))
-    if elsewhere is not None:
-        found["pfl-research"] = []
-    for _ in range(repetitions):
-        for name, run in sides.items():
-            found[name].append(_seconds(run, often[name]))
-        if elsewhere is not None:
-            found["pfl-research"].append(median(elsewhere()))
-    return found
+    def versions(self) -> dict[str, dict[str, str]]:
+        """What each has."""
+        names = {"pfl": ("pfl", "torch"), "blazefl": ("blazefl", "torch"), "ray": ("flwr", "ray", "torch")}
+        found = {name: getattr(self, name) for name in names}
+        return {name: versions(python, *names[name]) for name, python in found.items() if python is not None}
 
 
-def _seconds(run: Run, times: int) -> float:
-    began = time.process_time()
-    for _ in range(times):
-        run()
-    return (time.process_time() - began) / times
-
-
-def clock(repetitions: int, peers: Peers) -> dict[str, Times]:
+def clock(turns: int, peers: Peers) -> Sets:
     """By the clock, with all cores: seconds of a round."""
     found, cores = {}, os.cpu_count() or 1
     for model in ("linear", "mlp"):
-        run, sides = World(model, 50, 5).ours(), dict[str, list[float]]()
-        for threads in (cores, 1):
-            torch.set_num_threads(threads)
-            run()
-            sides[f"fedtailor, threads: {threads}"] = [_elapsed(run) for _ in range(10 * repetitions)]
-        rounds = 2 * repetitions
-        if peers.pfl is not None:
-            for threads, processes in ((cores, 1), (1, 1), (1, cores)):
-                how = f"threads: {threads}" if processes == 1 else f"processes: {processes}"
-                sides[f"pfl-research, {how}"] = pfl(peers.pfl, model, rounds, threads, processes, clock=True)
-        if peers.blazefl is not None:
-            for workers in ("none", "threads", "processes"):
-                sides[f"BlazeFL, workers: {workers}"] = blazefl(peers.blazefl, model, rounds, workers)
-        if peers.ray is not None:
-            sides["Flower on Ray"] = flower(peers.ray, model, rounds)
-            sides["Flower on Ray, clients that do nothing"] = flower(peers.ray, "nothing", rounds)
-        found[f"{model}, 50 clients x 5 steps, by the clock"] = sides
+        run = World(model, 50, 5).ours()
+        sides = {
+            f"fedtailor, threads: {threads}": here(run, time.perf_counter, threads)
+            for threads in sorted({cores, 1}, reverse=True)
+        }
+        sides |= _others(model, peers, cores)
+        found[f"{model}, 50 clients x 5 steps, by the clock"] = in_turns(sides, max(1, turns // 2))
+    torch.set_num_threads(1)
     return found
 
 
-def _elapsed(run: Run) -> float:
-    began = time.perf_counter()
-    run()
-    return time.perf_counter() - began
+def _others(model: str, peers: Peers, cores: int, rounds: int = 4) -> dict[str, Side]:
+    """Each of a process of its own, or several, that is started anew for every turn."""
+    sides = dict[str, Side]()
+    if peers.pfl is not None:
+        for threads, processes in ((cores, 1), (1, 1), (1, cores)):
+            how = f"threads: {threads}" if processes == 1 else f"processes: {processes}"
+            turn = partial(pfl, peers.pfl, model, rounds, threads, processes, clock=True)
+            sides[f"pfl-research, {how}"] = Side(turn, threads)
+    if peers.blazefl is not None:
+        for workers in ("none", "threads", "processes"):
+            sides[f"BlazeFL, workers: {workers}"] = Side(partial(blazefl, peers.blazefl, model, rounds, workers))
+    if peers.ray is not None:
+        sides["Flower on Ray"] = Side(partial(flower, peers.ray, model, rounds))
+        sides["Flower on Ray, clients that do nothing"] = Side(partial(flower, peers.ray, "nothing", rounds))
+    return sides
 
 
-def averaging(repetitions: int, peers: Peers) -> dict[str, Times]:
+def averaging(turns: int, peers: Peers) -> Sets:
+    """Beside a loop and pfl-research."""
     found = {}
-    for model in ("linear", "mlp", "tiny_cnn"):
+    for model, rounds, most in (("linear", 5, turns), ("mlp", 5, turns), ("tiny_cnn", 2, turns), ("cnn", 1, SLOW)):
         world = World(model, 50, 5)
-        sides = {"fedtailor": world.ours(), "PyTorch loop": world.loop()}
-        elsewhere = None if peers.pfl is None else partial(pfl, peers.pfl, model, 2 if model == "tiny_cnn" else 5)
-        found[f"{model}, 50 clients x 5 steps"] = in_turns(sides, repetitions, elsewhere)
+        sides = {"fedtailor": here(world.ours()), "PyTorch loop": here(world.loop())}
+        if peers.pfl is not None:
+            sides["pfl-research"] = Side(partial(pfl, peers.pfl, model, rounds))
+        found[f"{model}, 50 clients x 5 steps"] = in_turns(sides, min(turns, most))
     return found
 
 
-def private(repetitions: int, peers: Peers) -> dict[str, Times]:
+def private(turns: int, peers: Peers) -> Sets:
+    """Beside Opacus."""
     found = {}
     for model, clients in (("tabular", 50), ("small_cnn", 20)):
         world = World(model, clients, 4)
         sides = {
-            "fedtailor": world.ours(1.0, 1.0),
-            "fedtailor, vmap": world.ours(1.0, 1.0, "vmap"),
-            "Opacus, one module": world.opacus(1.0, 1.0, anew=False),
-            "Opacus, a module a client": world.opacus(1.0, 1.0, anew=True),
+            "fedtailor": here(world.ours(1.0, 1.0)),
+            "fedtailor, vmap": here(world.ours(1.0, 1.0, "vmap")),
+            "Opacus, one module": here(world.opacus(1.0, 1.0, anew=False)),
+            "Opacus, a module a client": here(world.opacus(1.0, 1.0, anew=True)),
         }
         if model == "tabular":  # small, so that its steps are mostly overhead
-            run = world.ours(1.0, 1.0, steps="compiled")
-            sides[f"fedtailor, compiled in {_elapsed(run):.0f} s"] = run
-        found[f"{model}, {clients} clients x 4 steps, DP-SGD"] = in_turns(sides, repetitions)
+            sides["fedtailor, compiled"] = here(world.ours(1.0, 1.0, steps="compiled"), compiles=True)
+        found[f"{model}, {clients} clients x 4 steps, DP-SGD"] = in_turns(sides, turns)
     return found
 
 
-def clipping(repetitions: int, peers: Peers) -> dict[str, Times]:
+def whole(turns: int, peers: Peers) -> Sets:
+    """Beside Opacus, both from a client's rows on, not from its batches."""
+    world = World("tabular", 50, 4)
+    sides = {
+        "fedtailor": here(world.whole(1.0, 1.0)),
+        "fedtailor, of batches of 10 that are there already": here(world.ours(1.0, 1.0)),
+        "Opacus, one module": here(world.opacus(1.0, 1.0, anew=False, draws=True)),
+        "Opacus, a module a client": here(world.opacus(1.0, 1.0, anew=True, draws=True)),
+    }
+    return {"tabular, 50 clients x 4 steps, DP-SGD, drawing included": in_turns(sides, turns)}
+
+
+def clipping(turns: int, peers: Peers) -> Sets:
+    """With clipping, as a multiple of without."""
     found = {}
     for model, clients in (("tabular", 50), ("mlp", 20), ("lora", 20), ("small_cnn", 20)):
         world = World(model, clients, 4)
-        sides = {"fedtailor, clipped": world.ours(1.0), "without": world.ours()}
-        found[f"{model}, {clients} clients x 4 steps, clipping"] = in_turns(sides, repetitions)
+        sides = {"without clipping": here(world.ours()), "with clipping": here(world.ours(1.0))}
+        found[f"{model}, {clients} clients x 4 steps"] = in_turns(sides, turns)
     return found
 
 
-PARTS = {"averaging": averaging, "private": private, "clock": clock, "clipping": clipping}
+PARTS = {"averaging": averaging, "private": private, "whole": whole, "clock": clock, "clipping": clipping}
+
+
+def surroundings(peers: Peers) -> dict[str, dict[str, Any]]:
+    """What figures depend on, beside the threads, which each side has of its own."""
+    return {"machine": machine(), "versions": versions(sys.executable, *HERE)} | peers.versions()
+
+
+def _peers(arguments: argparse.Namespace) -> Peers:
+    blaze = arguments.blazefl
+    if blaze is not None and not (blaze / "bin" / "python").exists():
+        peer(blaze, "blazefl[contrib,reproducibility]", python=younger())
+    return Peers(
+        None if arguments.peers is None else peer(arguments.peers, "pfl==0.6.0"),
+        None if blaze is None else blaze / "bin" / "python",
+        None if arguments.ray is None else peer(arguments.ray, "flwr[simulation]==1.41.*"),
+    )
 
 
 def main() -> None:
     """Measure and print a table in Markdown."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="default: all")
-    parser.add_argument("--quick", action="store_true", help="three repetitions, not seven")
+    parser.add_argument("--quick", action="store_true", help="three turns, not seven; of clock one, not three")
     parser.add_argument("--json", action="store_true", help="all figures as one line")
     parser.add_argument("--peers", type=Path, help="where pfl-research is, or is to be installed")
     parser.add_argument("--blazefl", type=Path, help="where BlazeFL is, or is to be installed")
     parser.add_argument("--ray", type=Path, help="where Flower with Ray is, or is to be installed")
     arguments = parser.parse_args()
-    torch.set_num_threads(1)
     keep_pages()  # as every simulation does
     warnings.filterwarnings("ignore", "Full backward hook", UserWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    blaze = arguments.blazefl
-    if blaze is not None and not (blaze / "bin" / "python").exists():
-        peer(blaze, "blazefl[contrib,reproducibility]", python=younger())
-    peers = Peers(
-        None if arguments.peers is None else peer(arguments.peers, "pfl==0.6.0"),
-        None if blaze is None else blaze / "bin" / "python",
-        None if arguments.ray is None else peer(arguments.ray, "flwr[simulation]==1.41.*"),
-    )
-    found: dict[str, Times] = {}
+    peers, found = _peers(arguments), Sets()
+    around = surroundings(peers)
     for part in arguments.parts or PARTS:
+        torch.set_num_threads(1)
         found |= PARTS[part](3 if arguments.quick else 7, peers)
     if arguments.json:
-        print(json.dumps(found))
+        print(json.dumps(around | {"figures": plain(found)}))
         return
-    print("| ms a round, of a processor or by the clock: median (least to greatest) | side | ms | times the first |")
-    print("|---|---|---:|---:|")
-    for what, sides in found.items():
-        first = median(next(iter(sides.values())))
-        for side, seconds in sides.items():
-            ms = f"{1e3 * median(seconds):.1f} ({1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f})"
-            print(f"| {what} | {side} | {ms} | {median(seconds) / first:.2f} |")
+    for name, told in around.items():
+        print(f"{name}: {', '.join(f'{key} {value}' for key, value in told.items())}")
+    print(f"\n{table(found)}")
 
 
 if __name__ == "__main__":

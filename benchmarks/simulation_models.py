@@ -25,6 +25,8 @@ def small_cnn() -> nn.Module:
 class Adapted(nn.Module):
     """A frozen linear layer and a low-rank change of it that is trained."""
 
+    weight: Tensor
+
     def __init__(self, inputs: int, outputs: int, rank: int = 8) -> None:
         super().__init__()
         self.register_buffer("weight", torch.randn(outputs, inputs) / inputs**0.5)
@@ -32,7 +34,8 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[..., inputs]`` to ``[..., outputs]``."""
-        return x @ self.weight.mT + self.up(self.down(x))
+        change: Tensor = self.up(self.down(x))
+        return x @ self.weight.mT + change
 
 
 class Block(nn.Module):
@@ -51,13 +54,15 @@ class Block(nn.Module):
         q, k, v = (each.unflatten(-1, (self.heads, -1)).transpose(1, 2) for each in self.qkv(self.one(x)).chunk(3, -1))
         x = x + self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
         x = x + self.narrow(nn.functional.gelu(self.widen(self.two(x))))
-        return self.head(x.mean(1))
+        found: Tensor = self.head(x.mean(1))
+        return found
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)),
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(3072, 128), nn.ReLU(), nn.Linear(128, 10)),
     "tiny_cnn": lambda: cnn(8, 8, 32),
+    "cnn": lambda: cnn(32, 64, 128),  # its own width: 1,626,442 parameters
     "tabular": lambda: nn.Sequential(nn.Linear(30, 64), nn.ReLU(), nn.Linear(64, 2)),
     "small_cnn": small_cnn,
     "lora": Block,

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.turns import Rounds
+
 PYTHONS = ("python3.14t", "python3.14", "python3.13", "python3.12")  # that BlazeFL runs on, the best for it first
 
 
@@ -36,9 +38,7 @@ def younger() -> str:
     raise SystemExit(f"--blazefl: it needs one of {', '.join(PYTHONS)} on PATH, to make its environment with")
 
 
-def pfl(
-    python: Path, model: str, rounds: int, threads: int = 1, processes: int = 1, clock: bool = False
-) -> list[float]:
+def pfl(python: Path, model: str, rounds: int, threads: int = 1, processes: int = 1, clock: bool = False) -> Rounds:
     """Seconds of some rounds by pfl-research, of its processor or by the clock."""
     script = Path(__file__).with_name("pfl_peer.py")
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
@@ -46,19 +46,18 @@ def pfl(
     return _said(command, {"OMP_NUM_THREADS": str(threads)})
 
 
-def flower(python: Path, model: str, rounds: int) -> list[float]:
+def flower(python: Path, model: str, rounds: int) -> Rounds:
     """Seconds of some rounds by Flower's simulation on Ray, by the clock."""
     return _said([python, Path(__file__).with_name("ray_peer.py"), model, str(rounds)])
 
 
-def blazefl(python: Path, model: str, rounds: int, workers: str) -> list[float]:
+def blazefl(python: Path, model: str, rounds: int, workers: str) -> Rounds:
     """Seconds of some rounds by BlazeFL, by the clock; ``workers`` are threads or processes, one a core, or none."""
     return _said([python, Path(__file__).with_name("blaze_peer.py"), model, str(rounds), workers])
 
 
-def _said(command: list[Path | str], more: dict[str, str] | None = None) -> list[float]:
+def _said(command: list[Path | str], more: dict[str, str] | None = None) -> Rounds:
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | (more or {}))
     if run.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {run.returncode}:\n{run.stderr[-2000:]}")
-    found: list[float] = json.loads(run.stdout.splitlines()[-1])
-    return found
+    return Rounds(**json.loads(run.stdout.splitlines()[-1]))

@@ -1,28 +1,37 @@
 """The clients of benchmarks/simulation.py, and a round of them: by the simulator, by plain PyTorch and by Opacus."""
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import torch
 from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
+from opacus.utils.uniform_sampler import UniformWithReplacementSampler
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks.simulation_models import MODELS
+from benchmarks.turns import Run
 from fedtailor import recipe as recipes
 from fedtailor import strategies, tree
 from fedtailor.config import Steps
-from fedtailor.recipe import Part, Recipe
+from fedtailor.recipe import Dataset, Part, Recipe
+from fedtailor.simulations.clients import Fed, sites
 from fedtailor.simulations.compiled import replay_of
+from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.noise import seeded
 from fedtailor.simulations.paths import Round, Task, choose
+from fedtailor.simulations.setting import turn
+from fedtailor.simulations.traffic import counting
+from fedtailor.study import LocalTraining, Plan, RecordPrivacy, Spec
 from fedtailor.tree import Params
 
 BATCH, LR = 10, 0.1
 SHAPES = {"tabular": (30,), "lora": (32, 64)}  # of an example; else an image
-Run = Callable[[], None]
 
 
 class World:
@@ -45,9 +54,7 @@ class World:
     def ours(
         self, clip: float | None = None, noise: float | None = None, path: str = "auto", steps: Steps = "plain"
     ) -> Run:
-        """A round by the simulator."""
-        strategy = strategies.fedavg()
-        feed = Feed(self.data, None if noise is None else seeded(self.start, noise), self.start)
+        """A round by the simulator, of batches that are there already."""
         batches = {
             "rows": self.rows,
             "live": torch.ones(self.rows.shape),
@@ -56,11 +63,58 @@ class World:
         if noise is not None:
             batches["noise_seed"] = torch.randint(2**62, (self.clients,))
         live, counts = torch.ones(self.clients, self.steps), torch.full((self.clients,), float(self.steps * BATCH))
-        state = strategy.init(self.start)
+        return self._simulated(lambda round: Fed(batches, live, counts), clip, noise, path, steps)
+
+    def whole(self, clip: float, noise: float) -> Run:
+        """A round by the simulator from the plan on: each client's Poisson samples, training, what leaves, next model.
+
+        Clients are a study's sites, whose rows the recipe has prepared.
+        """
+        plan, mine = self._plan(clip, noise), self.steps * BATCH
+        parts = zip(self.data.x.chunk(self.clients), self.data.y.chunk(self.clients), strict=True)
+        nothing = Part(self.data.x[:0], self.data.y[:0])
+        data = {name: Dataset(Part(*one), nothing, "", mine) for name, one in zip(plan.sites, parts, strict=True)}
+        now = partial(turn, plan, plan)
+        there = sites(plan, now, data, torch.ones(self.clients, self.steps))
+        keep, _ = counting(plan, strategies.fedavg(), self.start, None, lambda round: now(round).sites)
+        return self._simulated(lambda round: there.fed(round, there.asked(round)), clip, noise, keep=keep)
+
+    def _plan(self, clip: float, noise: float) -> Plan:
+        return Plan(
+            study="benchmark",
+            rounds=1,
+            sites=tuple(f"client-{k}" for k in range(self.clients)),
+            quorum=1,
+            deadline_s=1,
+            local=LocalTraining(steps=self.steps, rate=1 / self.steps, lr=LR),
+            strategy=Spec(_target_="fedtailor.strategies.fedavg"),
+            recipe=Spec(_target_="benchmarks"),  # this one's, which is no plug-in
+            privacy=RecordPrivacy(epsilon=1, delta=1e-5, clip=clip, noise_multiplier=noise / clip),
+        )
+
+    def _simulated(
+        self,
+        fed: Callable[[int], Fed],
+        clip: float | None,
+        noise: float | None,
+        path: str = "auto",
+        steps: Steps = "plain",
+        **how: Any,
+    ) -> Run:
+        """Rounds 0, 1, 2 and so on of what ``fed`` says, each from the same model, trained as a simulation trains."""
+        strategy = strategies.fedavg()
+        feed = Feed(self.data, None if noise is None else seeded(self.start, noise), self.start)
+        state, rounds = strategy.init(self.start), itertools.count()
         replay = replay_of(steps, torch.device("cpu"), feed, print)
-        task = Task(self.recipe, strategy, LR, clip, feed, 64, together=True, replay=replay)
-        way = choose(path, task, Round(strategy.broadcast(state), {}, batches, live, counts))  # type: ignore[arg-type]
-        return lambda: _none(simulate_round(strategy, way.many, state, {}, batches, live, counts, 0, block=way.block))
+        together = self.clients * sum(p.numel() for p in self.start.values()) >= SMALL
+        task = Task(self.recipe, strategy, LR, clip, feed, 64, together, replay=replay)
+        way = choose(path, task, Round(strategy.broadcast(state), {}, *fed(0)))  # type: ignore[arg-type]
+
+        def run() -> None:
+            round = next(rounds)
+            simulate_round(strategy, way.many, state, {}, *fed(round), round, way.block, **how)
+
+        return run
 
     def loop(self) -> Run:
         """A round of plain PyTorch: one module, one client after another."""
@@ -78,8 +132,13 @@ class World:
 
         return run
 
-    def opacus(self, clip: float, noise: float, anew: bool) -> Run:
-        """A round of Opacus, one client after another: each with a module of its own, or all with the same."""
+    def opacus(self, clip: float, noise: float, anew: bool, draws: bool = False) -> Run:
+        """A round of Opacus, one client after another: each with a module of its own, or all with the same.
+
+        Args:
+            draws: whether each client draws Poisson samples of its rows, by Opacus's own sampler; its rows are then taken
+                by their numbers, which costs less than a DataLoader does.
+        """
         kept = GradSampleModule(self._model())
 
         def run() -> None:
@@ -93,9 +152,9 @@ class World:
                     max_grad_norm=clip,
                     expected_batch_size=BATCH,
                 )
-                for rows in client:
+                for rows in _sampled(client) if draws else client:
                     optimizer.zero_grad()
-                    cross_entropy(module(self.data.x[rows]), self.data.y[rows]).backward()
+                    cross_entropy(module(self.data.x[rows]), self.data.y[rows]).backward()  # type: ignore[no-untyped-call]
                     optimizer.step()
                 _add(total, module._module, self.start)
 
@@ -106,8 +165,11 @@ def _losses(outputs: Tensor, y: Tensor) -> Tensor:
     return cross_entropy(outputs, y, reduction="none")
 
 
-def _none(value: object) -> None:
-    return None
+def _sampled(client: Tensor) -> Iterator[Tensor]:
+    """A client's batches ``[S, B]``, each drawn anew of all its rows."""
+    rows, steps = client.flatten(), len(client)
+    for some in UniformWithReplacementSampler(num_samples=len(rows), sample_rate=1 / steps, steps=steps):
+        yield rows[some]
 
 
 def _load(module: nn.Module, params: Params) -> None:

@@ -1,5 +1,6 @@
 """The benchmarks measure what they say: sizes and metrics by hand, the coordinator's own path, training that learns."""
 
+import json
 import math
 from pathlib import Path
 
@@ -105,3 +106,108 @@ def test_folding_is_measured_on_the_coordinators_own_path(tmp_path, monkeypatch)
     (tmp_path / "transit" / root).write_bytes(b"")
     with pytest.raises(AssertionError, match="format"):
         folding.fold(tmp_path / "transit", root, 200_000, 3)
+
+
+def test_pfl_researchs_model_is_the_whole_of_it():
+    from benchmarks.simulation_models import MODELS
+
+    assert sum(p.numel() for p in MODELS["cnn"]().parameters()) == 1_626_442
+    assert MODELS["cnn"]()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_a_ratio_is_of_a_turn_to_the_first_sides_around_it():
+    from benchmarks.turns import Figures, Rounds, Side, in_turns, plain, table
+
+    order, drift = [], iter(range(1, 100))
+
+    def side(name, times, warm_up):
+        def turn():
+            order.append(name)
+            return Rounds([times * next(drift)] * 3, warm_up)
+
+        return turn
+
+    sides = {"ours": Side(side("ours", 1, []), 2, (5.0, 1.0)), "loop": Side(side("loop", 3, []), 1, (4.0, 2.0), 30.0)}
+    sides["peer"] = Side(side("peer", 7, [2.0, 9.0]))
+    found = in_turns(sides, 2)
+    assert order == ["ours", "loop", "ours", "peer", "ours", "loop", "ours", "peer", "ours"]
+    assert found["ours"] == Figures([1, 3, 5, 7, 9], [], [[5.0, 1.0]], None, 2)
+    assert found["loop"] == Figures([6, 18], [3, 3], [[4.0, 2.0]], 30.0, 1)  # although all grow slower and slower
+    assert found["peer"] == Figures([28, 56], [7, 7], [[2.0, 9.0]] * 2, None, 1)
+    rows = table({"a model": found}).splitlines()
+    assert rows[2] == "| a model | ours | 5000.0 (1000.0 to 9000.0) | 1 | 6000.0 |  |"
+    assert rows[3] == "| a model | loop | 12000.0 (6000.0 to 18000.0) | 3.00 (3.00 to 3.00) | 6000.0 | 30.0 |"
+    assert json.loads(json.dumps(plain({"a model": found})))["a model"]["loop"] == found["loop"]._asdict()
+
+
+def test_rounds_that_do_not_count_are_told_apart(monkeypatch, capsys):
+    from benchmarks.peer_rounds import say
+    from benchmarks.turns import Rounds, here
+
+    threads, clock, took = [], [0.0], iter([40.0, 3.0, *[0.05] * 100])
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+
+    def run():
+        clock[0] += next(took)
+
+    side = here(run, lambda: clock[0], threads=2, compiles=True)
+    turn = side.turn()
+    assert (side.warm_up_s, side.threads, set(threads)) == (pytest.approx((3.0, 0.05)), 2, {2})
+    assert side.compile_s is not None and here(run, lambda: clock[0]).compile_s is None
+    assert turn.seconds == pytest.approx([0.05, 0.05]) and not turn.warm_up_s  # a tenth of a second of them
+    say([1.0, 6.0, 9.0, 10.0, 12.0])
+    assert Rounds(**json.loads(capsys.readouterr().out)) == Rounds([1.0, 2.0], [5.0, 3.0])
+
+
+def test_what_clipping_costs_is_a_multiple_of_the_run_without(monkeypatch):
+    from benchmarks import simulation
+
+    class Rehearsed:
+        def __init__(self, model, clients, steps):
+            self.model = model
+
+        def ours(self, clip=None):
+            return clip
+
+    monkeypatch.setattr(simulation, "World", Rehearsed)
+    monkeypatch.setattr(simulation, "here", lambda run: run)
+    monkeypatch.setattr(simulation, "in_turns", lambda sides, turns: list(sides.items()))
+    for sides in simulation.clipping(1, simulation.Peers()).values():
+        assert sides == [("without clipping", None), ("with clipping", 1.0)]
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+def test_a_whole_round_draws_its_batches_anew(monkeypatch):
+    from benchmarks import simulation_world
+
+    seen, asked = [], simulation_world.simulate_round
+    monkeypatch.setattr(simulation_world, "simulate_round", lambda *a, **k: seen.append((a[4], asked(*a, **k))))
+    world = simulation_world.World("tabular", 5, 4)
+    for run in (world.whole(1.0, 1.0), world.ours(1.0, 1.0)):
+        run()
+        run()
+    (first, _), (second, model), (there, _), (still, _) = seen
+    assert first["live"].sum((1, 2)).tolist() != second["live"].sum((1, 2)).tolist() and still is there
+    assert all((first["rows"][k] // 40 == k)[first["live"][k] > 0].all() for k in range(5))  # each of its own rows
+    assert not torch.equal(model[0]["params"]["0.weight"], world.start["0.weight"])
+
+    drawn = [len(rows) for _ in range(5) for rows in simulation_world._sampled(world.rows[0])]
+    assert len(drawn) == 20 and len(set(drawn)) > 1 and 5 < sum(drawn) / 20 < 15
+    world.opacus(1.0, 1.0, anew=True, draws=True)()
+
+
+def test_figures_come_with_the_machine_and_the_versions(tmp_path, monkeypatch, capsys):
+    from benchmarks import machine, simulation
+    from benchmarks.turns import Figures
+
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Some Core 9\nmodel name\t: Some Core 9\n")
+    assert machine.processor(tmp_path / "cpuinfo") == "Some Core 9"
+    assert machine.processor(tmp_path / "none")
+    monkeypatch.setitem(simulation.PARTS, "tiny", lambda turns, peers: {"tiny": {"a": Figures([1.0], [], [], None, 1)}})
+    monkeypatch.setattr(simulation, "keep_pages", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr("sys.argv", ["simulation", "--json", "tiny"])
+    simulation.main()
+    told = json.loads(capsys.readouterr().out)
+    assert told["versions"]["torch"] == torch.__version__ and set(told["versions"]) > {"python", "numpy", "opacus"}
+    assert told["machine"]["cores"] > 0 and told["figures"]["tiny"]["a"]["seconds"] == [1.0]
