@@ -11,6 +11,7 @@ from fedtailor import tree
 from fedtailor.client.private_gate import check_private
 from fedtailor.client.safe_optimizer import SafeDPOptimizer, quiet_hooks
 from fedtailor.errors import ConfigError, FedtailorError
+from fedtailor.optimizers import Kept, descended, optimizer_of
 from fedtailor.privacy.csprng import Csprng
 from fedtailor.recipe import Part, Recipe, parameters
 from fedtailor.strategy import Local, Strategy
@@ -49,7 +50,7 @@ def private_train(
 ) -> tuple[Tree, Tree]:
     """One round of DP-SGD from ``cast["params"]``: the same as ``local_train(clipped(...))``, for real data.
 
-    Formal guarantee: the pair it returns is the post-processed output of ``plan.local.steps`` Gaussian mechanisms of
+    Formal guarantee: the pair it returns is, whatever the optimizer, the post-processed output of ``plan.local.steps`` Gaussian mechanisms of
     multiplier ``noise_multiplier``, each on a Poisson sample of rate ``plan.local.rate``; the cost is the
     :class:`~fedtailor.privacy.accounting.Charge` of those three numbers. Neighbours: one record counts as zero. It
     needs a recipe that :func:`check_private` accepts, and a key of ``rng`` that is secret.
@@ -83,20 +84,21 @@ def private_train(
         module, named = _module(recipe, params, strategy.trains)
         moving = [p for p in named.values() if p.requires_grad]  # what stays is neither clipped nor noised
         optimizer = SafeDPOptimizer(
-            torch.optim.SGD(moving, lr=plan.local.lr),
+            torch.optim.SGD(moving, lr=plan.local.lr),  # makes no step: clipping and noise are all that is asked of it
             noise_multiplier=noise_multiplier,
             max_grad_norm=plan.record.clip,
             rng=rng,
         )
-        steps = 0
+        own, kept, rate, steps = optimizer_of(plan.local), Kept(), torch.tensor(plan.local.lr), 0
         while steps < plan.local.steps and not (steps and over()):
-            steps += 1
             mask = rng.bernoulli_mask(len(part.y), plan.local.rate)
             _sum_gradients(recipe, part, mask, module, optimizer, max_physical_batch)
             grads = _release(named, plan.local.rate * len(part.y), optimizer)
             grads = strategy.correct(grads, params, cast, memory)
-            params = tree.joined(params, tree.map(lambda g, p: p - plan.local.lr * g, grads, params))
+            moved, kept = descended(own, params, grads, kept, rate, steps)
+            params = tree.joined(params, moved)
             _load(named, params)
+            steps += 1
     count, taken = torch.tensor(float(len(part.y))), torch.tensor(float(steps))
     return strategy.report(Local(cast, memory, params, count, taken, plan.local.lr, seed))
 

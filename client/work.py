@@ -13,6 +13,7 @@ from fedtailor.baseline import train_alone
 from fedtailor.batches import choices, draw, pack
 from fedtailor.config import build
 from fedtailor.errors import RefusedError
+from fedtailor.optimizers import optimizer_of
 from fedtailor.privacy.csprng import Csprng
 from fedtailor.privacy.planning import strategy_of
 from fedtailor.recipe import Dataset, Part, Recipe
@@ -79,7 +80,7 @@ def perform(
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
             batches = pack(data.train, mask, plan.local.rate) | {"seed": choices(plan, visit.round, site)}
             losses = recipes.losses(recipe)
-            train = local_train(plain(losses), strategy, plan.local.lr, losses, over)
+            train = local_train(plain(losses), strategy, plan.local.lr, losses, over, optimizer_of(plan.local))
             count = torch.tensor(float(len(data.train.y)))
             summand, memory = train(cast, memory, batches, torch.ones(plan.local.steps), count)
         else:

@@ -4,6 +4,7 @@ import torch
 
 from fedtailor import recipe as recipes
 from fedtailor.batches import draw, pack
+from fedtailor.optimizers import Kept, descended, optimizer_of
 from fedtailor.recipe import Part, Recipe
 from fedtailor.strategy import trained
 from fedtailor.study import Plan
@@ -17,13 +18,15 @@ def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
     The result says what taking part is worth to this site. It is not private and never leaves it; only its metrics do.
     """
     gradient, params = plain(recipes.losses(recipe)), recipes.initial(recipe, plan.seed)
+    optimizer, kept, rate = optimizer_of(plan.local), Kept(), torch.tensor(plan.local.lr)
     for round in range(plan.rounds):
         mask = draw(plan.local, len(part.y), plan.seed, round, site)
         batches = pack(part, mask, plan.local.rate)
         for step in range(plan.local.steps):
             batch = {name: leaf[step] for name, leaf in batches.items()}
             moving, fixed = parted(params, trained)
-            moved = map(lambda p, g: p - plan.local.lr * g, moving, gradient(moving, batch, fixed))
+            before = round * plan.local.steps + step  # it trains on, and so keeps what its optimizer knows
+            moved, kept = descended(optimizer, moving, gradient(moving, batch, fixed), kept, rate, before)
             params = joined(params, moved)
     with torch.no_grad():
         return map(torch.clone, params)

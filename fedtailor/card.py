@@ -8,7 +8,7 @@ import yaml
 
 from fedtailor.recipe import Metrics
 from fedtailor.result import Kind, PrivacyResult, Result
-from fedtailor.study import Plan
+from fedtailor.study import LocalTraining, Plan, Sgd
 
 EMPTY: Metrics = {}
 
@@ -81,13 +81,20 @@ def _data(result: Result) -> list[str]:
     ]
 
 
+def _by(local: LocalTraining) -> str:
+    said = local.optimizer.model_dump(exclude_defaults=True)
+    parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items())
+    name = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[local.optimizer.name]
+    return f" by {name}, anew in each round" + (f" ({parts})" if parts else "") if local.optimizer != Sgd() else ""
+
+
 def _recipe(result: Result, plan: Plan) -> list[str]:
     used = {"recipe": plan.recipe, "strategy": plan.strategy}
     spec = yaml.safe_dump({k: v.model_dump(mode="json", by_alias=True) for k, v in used.items()}, sort_keys=False)
     local, of = plan.local, result.population
     return [
         f"{result.rounds} of {plan.rounds} rounds{_asked(plan, of)} took {local.steps} steps, each on a random "
-        f"{100 * local.rate:g} % of its training rows{_dealt(of)}, at learning rate {local.lr:g}. Seed {result.seed}, engine "
+        f"{100 * local.rate:g} % of its training rows{_dealt(of)}, at learning rate {local.lr:g}{_by(local)}. Seed {result.seed}, engine "
         f"`{result.engine}`, {_transport(result)}.",
         "",
         "```yaml",

@@ -97,6 +97,7 @@ class Strategy(NamedTuple):
     needs_loss: bool = False  # whether ``report`` reads ``local.loss``, which DP-SGD's epsilon does not cover
     trains: Callable[[str], bool] = trained  # a parameter's name -> whether local training moves it
     sensitivity: float | None = None  # where one client's summand is bounded for privacy: the bound, in L2 norm
+    plain_sgd: bool = False  # whether ``report`` takes a change for ``lr`` times the sum of gradients: plain SGD's only
     packed: bool = False  # whether its summands are sparse or of few values, so that packing them is worth the work
 
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -13,13 +14,16 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     Tag,
+    model_serializer,
     model_validator,
 )
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]  # safe as a file name and in a log
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 Rate = Annotated[float, Field(gt=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Frozen(BaseModel):
@@ -47,6 +51,51 @@ class Spec(BaseModel):
         return found
 
 
+class Sgd(Frozen):
+    """By the names and meanings of ``torch.optim.SGD``."""
+
+    name: Literal["sgd"] = "sgd"
+    momentum: Decay = 0.0
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+
+    @model_validator(mode="after")
+    def _nesterov_looks_ahead(self) -> "Sgd":
+        if self.nesterov and not self.momentum:
+            raise ValueError("nesterov: true, but momentum is 0; give it one, 0.9 say")
+        return self
+
+
+class Adam(Frozen):
+    """By the names and meanings of ``torch.optim.Adam``: weight decay goes through the gradient."""
+
+    name: Literal["adam"] = "adam"
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.0
+
+
+class AdamW(Frozen):
+    """By the names and meanings of ``torch.optim.AdamW``: weights decay by themselves."""
+
+    name: Literal["adamw"] = "adamw"
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.01
+
+
+def _named(optimizer: Any) -> str:
+    return f"name={optimizer.get('name') if isinstance(optimizer, dict) else getattr(optimizer, 'name', None)}"
+
+
+_OTHER = "name is none of sgd, adam and adamw"
+OptimizerPlan = Annotated[
+    Annotated[Sgd, Tag("name=sgd")] | Annotated[Adam, Tag("name=adam")] | Annotated[AdamW, Tag("name=adamw")],
+    Discriminator(_named, custom_error_type="name", custom_error_message=_OTHER),
+    BeforeValidator(lambda given: {"name": given} if isinstance(given, str) else given),
+]
+
+
 class LocalTraining(Frozen):
     """What a site does in one round: a public number of steps, each on a Poisson sample of a public rate."""
 
@@ -54,6 +103,15 @@ class LocalTraining(Frozen):
     rate: Rate
     lr: PositiveFloat
     within_s: PositiveFloat | None = None  # a site that is slower takes fewer steps, one at least; None: all of them
+    optimizer: OptimizerPlan = Sgd()  # a name, or a mapping with its settings; it begins anew in every round
+
+    @model_serializer(mode="wrap")
+    def _plain_goes_without_saying(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A plan of plain SGD has the text, and so the digest, that it had before there was a choice."""
+        found: dict[str, Any] = dump(self)
+        if self.optimizer == Sgd():
+            found.pop("optimizer", None)
+        return found
 
 
 class Buffer(Frozen):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import SGD, Kept, Optimizer, descended
 from fedtailor.strategy import Local, Strategy
 from fedtailor.tree import Tree
 
@@ -86,7 +87,9 @@ def clipped(losses: Losses, clip: float) -> Gradient:
         return tree.clip(example, clip)
 
     def gradient(params: Tree, batch: Tree, fixed: Tree = NONE) -> Tree:
-        each = torch.func.vmap(one, in_dims=(None, None, 0, 0))(params, fixed, batch["x"], batch["y"])
+        each = torch.func.vmap(one, in_dims=(None, None, 0, 0), randomness="different")(  # of dropout, if there is any
+            params, fixed, batch["x"], batch["y"]
+        )
         total = tree.map(lambda g: torch.einsum("b,b...->...", batch["live"].to(g.dtype), g), each)
         return tree.map(lambda g, n: (g + n) * batch["scale"], total, batch["noise"])
 
@@ -99,8 +102,9 @@ def local_train(
     lr: float,
     losses: Losses | None = None,
     over: Callable[[], bool] = lambda: False,
+    optimizer: Optimizer = SGD,
 ) -> Train:
-    """Build ``train(cast, memory, batches, live, num_examples) -> (summand, memory)``: plain local SGD.
+    """Build ``train(cast, memory, batches, live, num_examples) -> (summand, memory)``: local SGD, or another optimizer.
 
     Args:
         gradient: of one batch; :func:`plain` or :func:`clipped`.
@@ -109,10 +113,11 @@ def local_train(
         losses: for a strategy that needs each client's loss: it is measured at the cast parameters, on the examples of
             this round's steps. None where training is private, because no guarantee covers that figure.
         over: asked before every step but the first, whether the client's time is over; it reports the steps it took.
+        optimizer: makes steps of gradients; what it keeps begins anew in each round.
 
     Shapes:
         batches: leaves ``[S, ...]`` for S local steps, among them ``seed``, if a strategy makes random choices; live:
-            ``[S]``, 0.0 where a step is padding; num_examples: ``[]``.
+            ``[S]``, 0.0 where a step is padding, after all others; num_examples: ``[]``.
 
     Raises:
         ConfigError: if the strategy needs a loss and there is none.
@@ -121,7 +126,7 @@ def local_train(
         raise ConfigError(NO_LOSS)
 
     def train(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
-        params, loss = strategy.start(cast, memory), None
+        params, loss, kept = strategy.start(cast, memory), None, Kept()
         if strategy.needs_loss and losses is not None:
             each = [mean_loss(losses, cast["params"], tree.at(batches, step)) for step in range(len(live))]
             loss = (torch.stack(each) * live).sum() / live.sum()
@@ -132,7 +137,8 @@ def local_train(
             moving, fixed = parted(params, strategy.trains)
             given = (moving, tree.at(batches, step), fixed) if fixed else (moving, tree.at(batches, step))
             grads = strategy.correct(gradient(*given), params, cast, memory)
-            params = tree.joined(params, tree.map(lambda g, p, rate=lr * alive: p - rate * g, grads, params))
+            moved, kept = descended(optimizer, params, grads, kept, lr * alive, step)
+            params = tree.joined(params, moved)
         seed = batches["seed"][0] if "seed" in batches else None
         return strategy.report(Local(cast, memory, params, num_examples, live.sum(), lr, seed, loss))
 

@@ -31,4 +31,4 @@ def qfedavg(q: NonNegativeFloat = 1.0) -> Strategy:
     def apply(state: Tree, total: Tree, round: int) -> Tree:
         return {"params": tree.step(state["params"], total["delta"], 1 / total["height"])}
 
-    return fedavg()._replace(report=report, apply=Elementwise(apply), needs_loss=True)
+    return fedavg()._replace(report=report, apply=Elementwise(apply), needs_loss=True, plain_sgd=True)

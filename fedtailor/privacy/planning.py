@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from fedtailor.config import build
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import optimizer_of
 from fedtailor.privacy.accounting import calibrate
 from fedtailor.privacy.site_accounting import calibrated, mixture_of
 from fedtailor.privacy.site_level import private
@@ -15,6 +16,11 @@ from fedtailor.training import NO_LOSS
 NO_DIVISOR = (
     "strategy: it weights each site by the loss of its training rows, so that what it divides by is no public number and "
     "site-level privacy (privacy.unit=site) has nothing fixed to divide by; choose another strategy, or privacy=none"
+)
+
+NOT_PLAIN = (
+    "local.optimizer: {}, but this strategy takes a site's change for its learning rate times the sum of its gradients, "
+    "which is so without momentum, weight decay and scaling only; local.optimizer=sgd, or another strategy"
 )
 
 
@@ -71,6 +77,8 @@ def strategy_of(plan: Plan, key: bytes | None = None, sampling: Sampling | None 
     strategy, privacy = build(plan.strategy, Strategy), plan.site
     if plan.buffer is not None:
         _takes_late_answers(strategy, plan)
+    if strategy.plain_sgd and not optimizer_of(plan.local).plain:
+        raise ConfigError(NOT_PLAIN.format(plan.local.optimizer.name))
     if privacy is None:
         return strategy
     if strategy.needs_loss:

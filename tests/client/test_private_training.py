@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from draws import Everybody, Recorded
+from opacus.grad_sample import GradSampleModule
 from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits
@@ -13,7 +14,7 @@ from fedtailor import strategies, tree
 from fedtailor.batches import pack
 from fedtailor.client import private_training
 from fedtailor.client.private_training import check_private, inputs_digest, private_train
-from fedtailor.client.safe_optimizer import SafeDPOptimizer
+from fedtailor.client.safe_optimizer import SafeDPOptimizer, quiet_hooks
 from fedtailor.errors import ConfigError, FedtailorError
 from fedtailor.privacy.csprng import Csprng
 from fedtailor.recipe import Part, Recipe, initial, losses
@@ -39,9 +40,9 @@ def recipe(model=mlp, losses=bce):
 LINEAR = recipe(lambda: nn.Linear(D, 1, bias=False), lambda outputs, y: outputs[:, 0] * y)  # gradient: x * y
 
 
-def plan(steps=4, rate=0.2, lr=0.1, clip=CLIP):
+def plan(steps=4, rate=0.2, lr=0.1, clip=CLIP, optimizer="sgd"):
     return Plan(study="s", rounds=1, sites=("a",), quorum=1, deadline_s=1, strategy=Spec(_target_="s"),
-                recipe=Spec(_target_="r"), local=LocalTraining(steps=steps, rate=rate, lr=lr),
+                recipe=Spec(_target_="r"), local=LocalTraining(steps=steps, rate=rate, lr=lr, optimizer=optimizer),
                 privacy=RecordPrivacy(epsilon=3, delta=1e-5, clip=clip))  # fmt: skip
 
 
@@ -94,6 +95,31 @@ def test_it_equals_the_reference_given_the_same_masks_and_noise(name, batch, par
     weight = float(got[0]["weight"])  # fedavg multiplies what it reports by it
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(tree.flatten(a), tree.flatten(b), rtol=1e-5, atol=1e-5 * weight)
+
+
+@pytest.mark.parametrize(
+    ("named", "theirs"),
+    [
+        ({"name": "sgd", "momentum": 0.9, "weight_decay": 0.1}, lambda ps: torch.optim.SGD(ps, 0.1, 0.9, 0, 0.1)),
+        ("adam", lambda ps: torch.optim.Adam(ps, 0.1)),
+        ({"name": "adamw", "weight_decay": 0.2}, lambda ps: torch.optim.AdamW(ps, 0.1, weight_decay=0.2)),
+    ],
+)
+def test_another_optimizer_is_opacus_around_torchs(named, theirs, part):
+    """Everybody drawn and no noise: what is left is clipping, and the optimizer's steps by what was released."""
+    rec = recipe()
+    found = release(part, Everybody(KEY), 0.0, rec=rec, the_plan=plan(rate=1.0, optimizer=named))
+    start, module = initial(rec, 0), GradSampleModule(mlp(), loss_reduction="sum")
+    module._module.load_state_dict(start)
+    how = {"noise_multiplier": 0.0, "max_grad_norm": CLIP, "expected_batch_size": N, "loss_reduction": "mean"}
+    optimizer = DPOptimizer(theirs(module._module.parameters()), **how)
+    with quiet_hooks():
+        for _ in range(4):
+            optimizer.zero_grad()
+            bce(module(part.x), part.y).sum().backward()
+            optimizer.step()
+    for name, p in module._module.named_parameters():
+        torch.testing.assert_close(start[name] - found[name], p.detach(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("value", [0.0, 1e-3, 1e3 * CLIP, 1e25, math.nan, math.inf, -math.inf])
