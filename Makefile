@@ -16,9 +16,9 @@ $(STAMP): pyproject.toml constraints.txt
 	-.venv/bin/python -m compileall -q -j 0 -x '/tests?/|/testing/' .venv/lib
 	touch $@
 
-# Ray, submitit and pyarrow, 130 MB, which `make demo` and `make test` do without: some slow tests need them.
+# Ray, submitit, pyarrow and Flower Datasets, 140 MB, which `make demo` and `make test` do without: some slow tests need them.
 $(EXTRAS): $(STAMP)
-	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,tables]'
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray,slurm,tables,peers]'
 	touch $@
 
 demo: $(STAMP)

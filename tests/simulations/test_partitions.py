@@ -211,26 +211,3 @@ def test_a_million_clients():
 def test_what_is_wrong_is_named(wrong, words):
     with pytest.raises(ConfigError, match=words):
         wrong()
-
-
-def test_like_flowers_own():
-    """Where ``flwr_datasets`` is installed: the sizes of its even and its shard partitions, the rows of its natural one."""
-    theirs = pytest.importorskip("flwr_datasets.partitioner")
-    data = pytest.importorskip("datasets")
-    rows = data.Dataset.from_dict(
-        {"label": DIGITS.tolist(), "row": list(range(6000)), "site": [i % 7 for i in range(6000)]}
-    )
-
-    def parts(partitioner, count):
-        partitioner.dataset = rows
-        return [partitioner.load_partition(k) for k in range(count)]
-
-    even = parts(theirs.IidPartitioner(num_partitions=7), 7)
-    assert [len(part) for part in even] == iid(DIGITS, 7, 0).offsets.diff().tolist()
-    cut = parts(theirs.ShardPartitioner(num_partitions=20, partition_by="label", num_shards_per_partition=2), 20)
-    ours = shards(DIGITS, 20, 2, 0)
-    assert [len(part) for part in cut] == ours.offsets.diff().tolist()
-    assert max(len(set(part["label"])) for part in cut) == (table(ours, DIGITS) > 0).sum(1).max()
-    natural = parts(theirs.NaturalIdPartitioner(partition_by="site"), 7)
-    column = by_column([i % 7 for i in range(6000)])
-    assert {tuple(sorted(part["row"])) for part in natural} == {tuple(column.of(k).tolist()) for k in range(7)}
