@@ -16,35 +16,51 @@ def draw(local: LocalTraining, examples: int, seed: int, round: int, client: str
 
     For training without privacy and for simulations. A private deployment draws from a CSPRNG instead.
     """
-    drawn, generator = torch.empty(local.steps, examples), torch.Generator()
-    for step, row in enumerate(drawn):
-        torch.rand(
-            examples, generator=generator.manual_seed(seeds.number(seed, "sample", round, client, step)), out=row
-        )
-    return (drawn < local.rate).float()
+    return sampled(local, [examples], seed, round, [client]).float()
+
+
+def sampled(local: LocalTraining, sizes: Sequence[int], seed: int, round: int, clients: Sequence[str]) -> Tensor:
+    """:func:`draw` of several clients, their examples one after another's: ``[S, sum(sizes)]``, true or false."""
+    drawn, generator = torch.empty(local.steps, sum(sizes)), torch.Generator()
+    rows = iter(torch.split(drawn.view(-1), [*sizes] * local.steps))
+    keys = [seeds.numbers(seed, "sample", round, client) for client in clients]
+    for step in range(local.steps):
+        for key, size in zip(keys, sizes, strict=True):
+            torch.rand(size, generator=generator.manual_seed(key(step)), out=next(rows))
+    return drawn < local.rate
 
 
 def choices(plan: Plan, round: int, client: str) -> Tensor:
     """The public number of a client and round that a strategy's own random choices are keyed by, once a step: ``[S]``."""
-    return torch.tensor(seeds.number(plan.seed, "choices", round, client)).expand(plan.local.steps)
+    return chosen(plan, round, [client])[0]
 
 
-def numbered(masks: Sequence[Tensor], width: int | None = None) -> tuple[Tensor, Tensor]:
+def chosen(plan: Plan, round: int, clients: Sequence[str]) -> Tensor:
+    """:func:`choices` of several clients, ``[K, S]``."""
+    each = torch.tensor([seeds.number(plan.seed, "choices", round, client) for client in clients])
+    return each[:, None].expand(-1, plan.local.steps)
+
+
+FEWEST = 2  # places of a batch, padding included: a BatchNorm has nothing to go by in one
+
+
+def numbered(mask: Tensor, sizes: Sequence[int], width: int | None = None) -> tuple[Tensor, Tensor]:
     """The rows that every step of every client sees, padded with row 0 to ``width`` (default: the largest step).
 
     Shapes:
-        masks: ``[S, N]``, N each client's own; returns row numbers and which of them are live, both ``[K, S, B]``.
+        mask: ``[S, sum(sizes)]``, a client's examples after another's; returns row numbers, from 0 within each client, and
+            which of them are live, both ``[K, S, B]``.
     """
-    found = [mask.nonzero() for mask in masks]
-    steps = len(masks[0])
-    step = torch.cat([each[:, 0] + client * steps for client, each in enumerate(found)])
-    counts = torch.bincount(step, minlength=len(masks) * steps)
-    width = max(width or 0, int(counts.max()), 1)
-    place = torch.arange(len(step)) - (counts.cumsum(0) - counts)[step]  # within its step
-    rows = torch.zeros(len(counts) * width, dtype=torch.long)
-    rows[step * width + place] = torch.cat([each[:, 1] for each in found])
-    live = (torch.arange(width) < counts[:, None]).float()
-    return rows.view(len(masks), steps, width), live.view(len(masks), steps, width)
+    steps, clients, rows = len(mask), len(sizes), torch.tensor(sizes)
+    step, place = mask.nonzero(as_tuple=True)  # a step's after another's, and within it a client's after another's
+    client = torch.arange(clients).repeat_interleave(rows)[place]
+    counts = torch.bincount(step * clients + client, minlength=steps * clients)
+    width = max(width or 0, int(counts.max()), FEWEST)
+    rank = torch.arange(len(step)) - (counts.cumsum(0) - counts)[step * clients + client]  # within its client's step
+    found = torch.zeros(clients, steps, width, dtype=torch.long)
+    found[client, step, rank] = place - (rows.cumsum(0) - rows)[client]
+    live = torch.arange(width) < counts.view(steps, clients).T[..., None]
+    return found, live.float()
 
 
 def pack(part: Part, mask: Tensor, rate: float, width: int | None = None) -> Tree:
@@ -53,6 +69,6 @@ def pack(part: Part, mask: Tensor, rate: float, width: int | None = None) -> Tre
     Shapes:
         mask: ``[S, N]``; returns ``x [S, B, ...]``, ``y [S, B]``, ``live [S, B]``, ``scale [S]``.
     """
-    rows, live = (each.to(part.y.device) for each in numbered([mask], width))
+    rows, live = (each.to(part.y.device) for each in numbered(mask, [mask.shape[1]], width))
     scale = torch.full((len(mask),), 1.0 / (rate * len(part.y)), device=part.y.device)
     return {"x": part.x[rows[0]], "y": part.y[rows[0]], "live": live[0], "scale": scale}

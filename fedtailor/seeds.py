@@ -6,6 +6,7 @@ that a privacy guarantee rests on comes from :mod:`fedtailor.privacy.csprng`.
 """
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -23,9 +24,28 @@ def generator(seed: int, purpose: str, *key: int | str) -> torch.Generator:
 
 def number(seed: int, purpose: str, *key: int | str) -> int:
     """A number of 63 bits for one purpose."""
+    return int.from_bytes(_begun(seed, purpose, *key).digest()[:8], "little") >> 1
+
+
+def numbers(seed: int, purpose: str, *key: int | str) -> Callable[[int], int]:
+    """The numbers of a purpose whose keys begin alike, by the last part of the key.
+
+    >>> numbers(0, "sample", 3, "va")(2) == number(0, "sample", 3, "va", 2)
+    True
+    """
+    begun = _begun(seed, purpose, *key)
+
+    def last(part: int) -> int:
+        digest = begun.copy()
+        digest.update(f"\x1fint:{part}".encode())
+        return int.from_bytes(digest.digest()[:8], "little") >> 1
+
+    return last
+
+
+def _begun(seed: int, purpose: str, *key: int | str) -> "hashlib._Hash":
     text = "\x1f".join(["fedtailor", str(seed), purpose, *[f"{type(k).__name__}:{k}" for k in key]])
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
+    return hashlib.sha256(text.encode())
 
 
 def uniform(number: Tensor, count: int, skip: int = 0) -> Tensor:

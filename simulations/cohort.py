@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import seeds
-from fedtailor.batches import choices, draw, numbered
+from fedtailor.batches import chosen, numbered, sampled
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.recipe import Dataset, Part, Recipe, Table
 from fedtailor.simulations.feed import Feed
@@ -59,8 +59,8 @@ def rows_of(data: Mapping[str, Dataset]) -> Part:
     return Part(torch.cat([part.x for part in parts]), torch.cat([part.y for part in parts]))
 
 
-def feed_from(plan: Plan, rows: Part, like: Tree) -> Feed:
-    """Examples by their number in ``rows``, and noise of the shapes of ``like``: of what a site trains."""
+def feed_from(plan: Plan, rows: Part | None, like: Tree) -> Feed:
+    """Examples by their number in ``rows``, if they come by number, and noise of the shapes of ``like``: of what a site trains."""
     if plan.record is None or plan.record.noise_multiplier is None:
         return Feed(rows)
     return Feed(rows, seeded(like, plan.record.noise_multiplier * plan.record.clip), like)
@@ -87,9 +87,7 @@ def fed(plan: Plan, names: Sequence[str], sizes: Sequence[int], round: int, tabl
         sizes: how many rows each has.
         table: the rows of all of them, one client's after another's; None: rows are numbered from 0 within a client.
     """
-    rows, live = numbered(
-        [draw(plan.local, size, plan.seed, round, name) for name, size in zip(names, sizes, strict=True)]
-    )
+    rows, live = numbered(sampled(plan.local, sizes, plan.seed, round, names), sizes)
     if table is not None:
         first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
         rows = table[rows + first[:, None, None]]
@@ -98,7 +96,7 @@ def fed(plan: Plan, names: Sequence[str], sizes: Sequence[int], round: int, tabl
         "rows": rows,
         "live": live,
         "scale": scale[:, None].expand(-1, plan.local.steps),
-        "seed": torch.stack([choices(plan, round, name) for name in names]),
+        "seed": chosen(plan, round, names),
     }
     if plan.record is not None and plan.record.noise_multiplier is not None:
         numbers = [seeds.number(plan.seed, "noise", round, name) for name in names]

@@ -34,9 +34,10 @@ def counting(
 
     def kept(summands: Tree, first: int, round: int) -> Tensor | None:
         rows = None if keep is None else keep(summands, first, round)
+        sites = asked(round) if asked else plan.sites
         for row in range(len(tree.leaves(summands)[0])) if rows is None else rows.tolist():
             size = _length(packing.pack(tree.flatten(tree.at(summands, row)))) if dense is None else dense
-            sent[(asked(round) if asked else plan.sites)[first + row]] += size
+            sent[sites[first + row]] += size
         return rows
 
     return kept, sent
