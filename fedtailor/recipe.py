@@ -67,7 +67,7 @@ def shapes(recipe: Recipe) -> Params:
 
 def losses(recipe: Recipe) -> Losses:
     """The recipe's loss as a pure function of parameters."""
-    module = recipe.model()
+    module = _pure(recipe.model())
 
     def fn(params: Tree, x: Tensor, y: Tensor) -> Tensor:
         return recipe.losses(torch.func.functional_call(module, params, (x,)), y)
@@ -75,9 +75,17 @@ def losses(recipe: Recipe) -> Losses:
     return fn
 
 
+def _pure(module: nn.Module) -> nn.Module:
+    """``module`` without running averages: they are no parameters and so do not travel, and a BatchNorm that had them would
+    measure by what it began with. It goes by its batch, always."""
+    torch.func.replace_all_batch_norm_modules_(module)
+    return module
+
+
 def evaluate(recipe: Recipe, params: Params, part: Part, minimum: int = 10) -> Metrics:
-    """Metrics of ``params`` on ``part``; every one is None where the part has fewer than ``minimum`` examples."""
-    module = recipe.model()
+    """Metrics of ``params`` on ``part``, without dropout; every one is None where the part has fewer than ``minimum``
+    examples."""
+    module = _pure(recipe.model()).eval()
     with torch.no_grad():
         measured = recipe.metrics(torch.func.functional_call(module, params, (part.x,)), part.y)
     return measured if len(part.y) >= minimum else {name: None for name in measured}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedtailor import tree
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import SGD, Optimizer
 from fedtailor.recipe import Recipe
 from fedtailor.simulations import gradients
 from fedtailor.simulations.descent import Descent
@@ -21,7 +22,7 @@ from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.layers import beside
 from fedtailor.simulations.stands import Tape
 from fedtailor.strategy import Local, Strategy, WeightedChange
-from fedtailor.training import NO_LOSS
+from fedtailor.training import NO_LOSS, parted
 from fedtailor.tree import Params, Tree
 
 
@@ -35,6 +36,7 @@ def block_train(
     together: bool = False,
     half: bool = False,
     replay: Replay = plainly,
+    optimizer: Optimizer = SGD,
 ) -> Many:
     """Build what ``vmapped(local_train(...))`` is, for a recipe whose model's layers all have a batched form.
 
@@ -45,6 +47,7 @@ def block_train(
             asks for no client's own. It is less work, much less where linear layers are large.
         half: run the model in bfloat16. Losses, every gradient's length, what is added up and the weights are float32.
         replay: see :mod:`fedtailor.simulations.graphs`.
+        optimizer: makes steps of gradients; what it keeps begins anew.
 
     Raises:
         NotBatchable: if a layer has no batched form; also by the result, if the model changes an activation in place.
@@ -52,8 +55,9 @@ def block_train(
     """
     if strategy.needs_loss and clip is not None:
         raise ConfigError(NO_LOSS)
-    model, defaults = folded(recipe)._replace(half=half), Strategy._field_defaults
+    model, defaults = folded(recipe, strategy.trains)._replace(half=half), Strategy._field_defaults
     starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
+    whole = corrects or not optimizer.plain  # whether somebody asks for gradients
     weighted = strategy.report if together and strategy.reduce.is_sum else None
     weighted = weighted if isinstance(weighted, WeightedChange) else None
 
@@ -78,30 +82,38 @@ def block_train(
         noisy = clip is not None and not {"noise", "noise_seed", DRAWN}.isdisjoint(batches)
         begin = _over_clients(lambda known: strategy.start(cast, known["memory"]), clients)
         start = begin(known) if starts else shared
-        thin = weighted is not None and not corrects and not noisy  # noise has no low rank
+        thin = weighted is not None and not whole and not noisy  # noise has no low rank
         kept = None if weighted is None else rooms
         examples = partial(feed.examples, batches, rooms) if clip is None else None  # clipped, some may count as zeros
-        how: tuple[Any, ...] = not starts, thin, kept, examples
+        how: tuple[Any, ...] = not starts, thin, kept, examples, optimizer
         sets = {name: Descent(params, steps, *how) for name, params in _sets(start).items()}
-        correct = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
+        corrected = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         rate, like = lr * live, feed.shapes(batches)
-        if not corrects:
+        if not whole:
             for batch in feed.steps(batches, rooms, noisy, rate):
                 for each, own in zip(sets.values(), trained(sets, batch), strict=True):
                     each.step(own, clients, batch.x)
                 if batch.noise is not None:
                     for name, drawn in _sets(apart(batch.noise, like)).items():
-                        sets[name].stray(drawn, batch.scale)
+                        sets[name].stray(parted(drawn, strategy.trains)[0], batch.scale)
         else:
-            for batch, now in zip(feed.steps(batches, rooms, noisy), rate.unbind(1), strict=True):
+            for step, batch in enumerate(feed.steps(batches, rooms, noisy)):
                 parts = zip(sets.items(), trained(sets, batch), strict=True)
-                grads = _one({name: gradients.whole(each.params, own, clients) for (name, each), own in parts})
+                grads = _one(
+                    {
+                        name: gradients.whole(parted(each.params, strategy.trains)[0], own, clients)
+                        for (name, each), own in parts
+                    }
+                )
                 if batch.noise is not None:
                     drawn = apart(batch.noise, like)
                     grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, drawn)
-                grads = correct(grads, _one({name: each.explicit(clients) for name, each in sets.items()}), memory)
+                if corrects:
+                    grads = corrected(
+                        grads, _one({name: each.explicit(clients) for name, each in sets.items()}), memory
+                    )
                 for name, gradient in _sets(grads).items():
-                    sets[name].move(gradient, now)
+                    sets[name].move(gradient, rate[:, step], step)
         if weighted is not None:
             number, others = _weigh(weighted, cast, known, clients, lr)
             delta = sets[""].total(number, cast["params"])

@@ -84,6 +84,7 @@ def run(
             population=simulation.population,
             workers=simulation.workers,
             device=simulation.device,
+            rows=simulation.rows,
             precision=simulation.precision,
             steps=simulation.steps,
             ray=simulation.ray,

@@ -3,6 +3,8 @@
 import time
 from collections.abc import Mapping
 
+import torch
+
 from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.baseline import train_alone
@@ -26,14 +28,15 @@ def concluded(study: Setting, at: Standing, began: float, setup_s: float) -> tup
         setup_s: seconds before its first round.
     """
     plan, recipe, strategy, data, gate = study.plan, study.recipe, study.strategy, study.data, study.gate
-    history = [*at.history, {"round": plan.rounds, "sites": measured(recipe, strategy, at.state, data)}]
+    on = study.device
+    history = [*at.history, {"round": plan.rounds, "sites": measured(recipe, strategy, at.state, data, on)}]
     own, alone, of = dict[str, Metrics](), dict[str, Metrics](), study.population
     if of is None:
-        own = personal(recipe, strategy, at.state, at.memory, data)
+        own = personal(recipe, strategy, at.state, at.memory, data, on)
     if plan.evaluation.baseline and of is None:
         for site in plan.sites:
-            params = train_alone(recipe, data[site].train, plan, site)
-            alone[site] = _evaluated(recipe, params, data[site].test)
+            params = train_alone(recipe, _there(data[site].train, on), plan, site)
+            alone[site] = _evaluated(recipe, params, data[site].test, on)
     if gate is not None:
         own, alone = _left(gate, own, data, -2), _left(gate, alone, data, -1)
         for past in history:
@@ -82,23 +85,29 @@ def _left(gate: Gate, measured: Mapping[str, Metrics], data: Mapping[str, Datase
     return {site: metrics for site, metrics in left.items() if metrics is not None}
 
 
-def measured(recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset]) -> dict[str, Metrics]:
+def measured(
+    recipe: Recipe, strategy: Strategy, state: Tree, data: Mapping[str, Dataset], device: torch.device
+) -> dict[str, Metrics]:
     """The current model's metrics at every site."""
     params = model_in(strategy.broadcast(state))
-    return {site: _evaluated(recipe, params, one.test) for site, one in data.items()}
+    return {site: _evaluated(recipe, params, one.test, device) for site, one in data.items()}
 
 
 def personal(
-    recipe: Recipe, strategy: Strategy, state: Tree, memory: Tree, data: Mapping[str, Dataset]
+    recipe: Recipe, strategy: Strategy, state: Tree, memory: Tree, data: Mapping[str, Dataset], device: torch.device
 ) -> dict[str, Metrics]:
     """The metrics of each site's own model; empty where the strategy gives it none."""
     if strategy.personal is None:
         return {}
     cast = placed(HOST, strategy.broadcast(state))
     own = {site: strategy.personal(cast, tree.at(memory, k)) for k, site in enumerate(data)}
-    return {site: _evaluated(recipe, own[site], one.test) for site, one in data.items()}
+    return {site: _evaluated(recipe, own[site], one.test, device) for site, one in data.items()}
 
 
-def _evaluated(recipe: Recipe, params: Params, part: Part) -> Metrics:
-    """Metrics of parameters from anywhere, where the examples lie."""
-    return recipes.evaluate(recipe, placed(part.x.device, params), part)
+def _evaluated(recipe: Recipe, params: Params, part: Part, device: torch.device) -> Metrics:
+    """Metrics on the device, of parameters and examples from anywhere."""
+    return recipes.evaluate(recipe, placed(device, params), _there(part, device))
+
+
+def _there(part: Part, device: torch.device) -> Part:
+    return Part(part.x.to(device), part.y.to(device))

@@ -19,15 +19,23 @@ CACHED = 1 << 19  # numbers of images' patches that are made at once: what a pro
 
 def _forward(layer: nn.Conv2d, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:
     weight, bias = weights["weight"], weights.get("bias")
-    if len(weight) == 1:
-        return _convolve(layer, x, weight[0], None if bias is None else bias[0], 1), x.detach()
-    batch = len(x) // clients
+    if len(weight) == 1:  # all clients', or frozen, and then the bias may still be each one's own
+        if bias is None or len(bias) == 1:
+            return _convolve(layer, x, weight[0], None if bias is None else bias[0], 1), x.detach()
+        z = _convolve(layer, x, weight[0], None, 1)
+        return z + _of_images(bias, z), x.detach()
+    batch, bias = len(x) // clients, None if bias is None else bias.expand(clients, -1)
     if looped(x):
         biases = [None] * clients if bias is None else bias.unbind()
         each = zip(torch.split(x, batch), weight.unbind(), biases, strict=True)
         return torch.cat([_convolve(layer, part, w, b, 1) for part, w, b in each]), x.detach()
     z = _convolve(layer, _beside(x, clients), weight.flatten(0, 1), None if bias is None else bias.flatten(), clients)
     return z.view(batch, clients, -1, *z.shape[2:]).transpose(0, 1).flatten(0, 1), x.detach()
+
+
+def _of_images(bias: Tensor, like: Tensor) -> Tensor:
+    """Each client's bias ``[K, P]`` for its images' channels, ``[K * B, P, 1, ...]``."""
+    return bias.repeat_interleave(len(like) // len(bias), 0).view(*like.shape[:2], *[1] * (like.dim() - 2))
 
 
 def arranged(x: Tensor) -> Tensor:

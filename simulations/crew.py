@@ -23,6 +23,7 @@ from fedtailor import recipe as recipes
 from fedtailor import tree
 from fedtailor.config import Precision, Steps, build
 from fedtailor.errors import ConfigError, ConnectionFailed, FedtailorError, RefusedError
+from fedtailor.optimizers import optimizer_of
 from fedtailor.privacy.planning import Sampling, strategy_of
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.cohort import feed_from
@@ -51,6 +52,7 @@ class Duty(NamedTuple):
     summed: bool  # whether nobody asks for one client's summand
     threads: int
     device: str
+    streamed: bool  # whether rows lie on the host
     precision: Precision
     steps: Steps
 
@@ -124,13 +126,15 @@ def served(duty: Duty, rows: Part) -> Callable[[Tree], Tree]:
     strategy, recipe, on = strategy_of(plan, sampling=duty.sampling), build(plan.recipe, Recipe), device_of(duty.device)
     start = recipes.initial(recipe, plan.seed)
     like = placed(on, strategy.start(strategy.broadcast(strategy.init(start)), strategy.remember(start)))
-    recipe, rows = recipe_on(recipe, on), Part(rows.x.to(on), rows.y.to(on))
+    recipe, there = recipe_on(recipe, on), None if duty.streamed else Part(rows.x.to(on), rows.y.to(on))
     clip = None if plan.record is None else plan.record.clip
-    task = Task(recipe, strategy, plan.local.lr, clip, feed_from(plan, rows, like), duty.block, duty.together)
-    task = task._replace(half=duty.precision == "bf16")
+    task = Task(recipe, strategy, plan.local.lr, clip, feed_from(plan, there, like), duty.block, duty.together)
+    task = task._replace(half=duty.precision == "bf16", optimizer=optimizer_of(plan.local))
     replay = replay_of(duty.steps, on, task.feed, lambda why: print(why, file=sys.stderr))
     way = forced(duty.path, task._replace(replay=replay))
-    return partial(_round, strategy, way._replace(many=across(way.many, on, HOST)), duty)
+    return partial(
+        _round, strategy, way._replace(many=across(way.many, on, HOST, rows if duty.streamed else None)), duty
+    )
 
 
 def _round(strategy: Strategy, way: Way, duty: Duty, told: Tree) -> Tree:

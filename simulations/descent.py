@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import SGD, Kept, Optimizer, descended
 from fedtailor.simulations.feed import Rooms, room
 from fedtailor.simulations.gradients import Part, Uses
 from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
@@ -61,6 +62,7 @@ class Descent:
         shared: whether all clients begin with the same.
         thin: whether the clients' own weights may never be made, where that is less work.
         rooms: for parameters and what replaces them, where nobody keeps either; None where somebody may.
+        optimizer: where it is not plain, gradients come by :meth:`move`.
         examples: makes all steps' ``[K, S * B, ...]``, a client's one after another; None where others may be learnt from.
     """
 
@@ -70,6 +72,8 @@ class Descent:
     thin: bool = False
     rooms: Rooms | None = None
     examples: Callable[[], Tensor] | None = None
+    optimizer: Optimizer = SGD
+    kept: Kept = field(default_factory=Kept)
     seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
     begun: bool = False
     own: set[str] = field(default_factory=set)  # parameters of this descent's making, which may be changed in place
@@ -100,8 +104,12 @@ class Descent:
             self.params[name] = torch.addcmul(params, by, drawn, value=-1, out=out)
             self.own.add(name)
 
-    def move(self, gradient: dict[str, Tensor], rate: Tensor) -> None:
-        """``params - rate * gradient``, of those parameters that have one; what they were stays as it is."""
+    def move(self, gradient: dict[str, Tensor], rate: Tensor, before: int) -> None:
+        """A step at ``rate [K]``, after so many, of those parameters that have a gradient; what they were stays as it is."""
+        if not self.optimizer.plain:
+            moved, self.kept = descended(self.optimizer, self.params, gradient, self.kept, rate, before)
+            self.params.update(moved)
+            return
         for name, g in gradient.items():
             self.params[name] = torch.addcmul(self.params[name], beside(rate, g), g, value=-1)
 

@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fedtailor.adapters import SHIFT, is_part
 from fedtailor.recipe import Recipe
-from fedtailor.simulations import convolutions, recurrent
+from fedtailor.simulations import attention, convolutions, recurrent
 from fedtailor.simulations.convolutions import CONVOLUTION
 from fedtailor.simulations.layers import EMBEDDING, GROUP_NORM, LAYER_NORM, LINEAR, RMS_NORM, Kind
-from fedtailor.simulations.stands import Dropout, Layer, NotBatchable, Pool, Sequence, Stand, Tape
+from fedtailor.simulations.stands import Dropout, Layer, Mixing, NotBatchable, Pool, Sequence, Stand, Tape, layer_of
+from fedtailor.strategy import trained
 from fedtailor.tree import Params
 
 KINDS: dict[type[nn.Module], Kind] = {
@@ -55,8 +57,11 @@ def single(x: Tensor) -> Tensor:
     return x.float() if x.dtype == torch.bfloat16 else x
 
 
-def folded(recipe: Recipe) -> Folded:
-    """``recipe``'s model with each layer replaced by one that holds the clients' weights apart.
+def folded(recipe: Recipe, trains: Callable[[str], bool] = trained) -> Folded:
+    """``recipe``'s model with each layer replaced by one that holds the clients' weights apart, unless it is frozen whole.
+
+    Args:
+        trains: whether local training moves a parameter, by its name; what does not move has no gradient.
 
     Raises:
         NotBatchable: naming the parameter, or the setting, that no layer here covers.
@@ -66,8 +71,10 @@ def folded(recipe: Recipe) -> Folded:
     owners: dict[int, str] = {}  # a parameter's identity, and whose it is
     layers: list[Layer] = []
     for name, part in module.named_modules():
+        if part in stands:
+            continue  # as a part of what stands for another
         if isinstance(part, nn.modules.batchnorm._BatchNorm):
-            raise NotBatchable(f"{name}: {type(part).__name__} mixes the examples of a batch")
+            raise Mixing(f"{name}: {type(part).__name__} mixes the examples of a batch")
         if type(part) is nn.Dropout:
             stands[part] = Dropout(part.p, tape)
         if type(part) is nn.MaxPool2d and not part.return_indices:
@@ -76,24 +83,38 @@ def folded(recipe: Recipe) -> Folded:
             part.__class__ = Sequence
         if getattr(part, "inplace", False):
             part.inplace = False  # it would change what a gradient is taken of
-        for own, p in part.named_parameters(recurse=False):
+        if (turned := attention.turned(part)) is not None:
+            stands[part] = turned
+        attends = type(part) is nn.MultiheadAttention  # and has its last linear layer's parameters, too
+        named = {own: (f"{name}.{own}" if name else own, p) for own, p in part.named_parameters(recurse=attends)}
+        if not any(p.requires_grad or is_part(full, SHIFT) for full, p in named.values()) and not _drops(part):
+            continue
+        for own, (_, p) in named.items():
             if owners.setdefault(id(p), name) != name:
                 raise NotBatchable(f"{name}.{own}: the same parameter as one of {owners[id(p)]}")
             if (why := _unfit(part)) is not None:
                 raise NotBatchable(f"{name}.{own}: a parameter of {type(part).__name__}{why}")
         if isinstance(part, nn.RNNBase):
-            stands[part] = standing = recurrent.stand(name, part, tape)
+            stands[part] = standing = recurrent.stand(name, part, tape, trains)
             layers += standing.layers
-        elif own_names := [own for own, _ in part.named_parameters(recurse=False)]:
-            names = tuple((own, f"{name}.{own}" if name else own) for own in own_names)
-            layers.append(Layer(name, part, KINDS[type(part)], names))
+        elif isinstance(part, nn.MultiheadAttention):
+            stands[part] = attending = attention.stand(name, part, tape, trains)
+            stands[part.out_proj] = attending.out_proj
+            layers += attending.layers
+        elif named:
+            layers.append(layer_of(name, part, KINDS[type(part)], named, trains))
             stands[part] = Stand(layers[-1], tape)
     return Folded(_replaced(module, stands), tuple(layers), tape)
 
 
+def _drops(part: nn.Module) -> bool:
+    """Whether a recurrent layer, or attention, drops something within itself, which is ours to choose."""
+    return isinstance(part, nn.RNNBase | nn.MultiheadAttention) and part.dropout > 0
+
+
 def _unfit(part: Any) -> str | None:
     """Why a layer with parameters has no batched form; None where it has one."""
-    if type(part) not in KINDS and type(part) not in recurrent.CELLS:
+    if type(part) not in KINDS and type(part) not in recurrent.CELLS and type(part) is not nn.MultiheadAttention:
         return ", which has no batched form"
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks:
         return " with hooks"
@@ -101,6 +122,8 @@ def _unfit(part: Any) -> str | None:
         return " with max_norm or scale_grad_by_freq"
     if isinstance(part, nn.RNNBase):
         return " with proj_size" if part.proj_size else None
+    if isinstance(part, nn.MultiheadAttention):
+        return attention.unfit(part)
     return convolutions.unfit(part) if KINDS[type(part)] is CONVOLUTION else None
 
 

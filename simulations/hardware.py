@@ -1,7 +1,8 @@
 """Where a simulation computes, and what lies where.
 
 A device holds the rows, packed once, and the test parts, and while a block is trained its parameters, its clients'
-memories and the numbers of their rows. The host keeps what it makes anew for every round (who is asked, whose rows, seeds
+memories and the numbers of their rows. Rows that are too many for it stay on the host, with the test parts, and a block's
+are copied when it is trained. The host keeps what it makes anew for every round (who is asked, whose rows, seeds
 of noise) and all clients' memories, of which a round needs few. The server's state lies where its strategy is applied.
 """
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import heap, tree
+from fedtailor.config import Rows
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Dataset, Part, Recipe
 from fedtailor.simulations.cohort import rows_of
@@ -58,6 +60,15 @@ def recipe_on(recipe: Recipe, device: torch.device) -> Recipe:
     )
 
 
+def home_of_rows(asked: Rows, device: torch.device, data: Mapping[str, Dataset]) -> torch.device:
+    """Where training rows are to lie: on ``device``, unless they would take more than half of the memory it has free."""
+    if asked != "auto" or device.type != "cuda":
+        return HOST if asked == "host" else device
+    size = sum(x.numel() * x.element_size() for one in data.values() for x in (*one.train, *one.test))
+    free, _ = torch.cuda.mem_get_info(device)
+    return HOST if size > free // 2 else device
+
+
 def packed(data: Mapping[str, Dataset], device: torch.device) -> tuple[Part, dict[str, Dataset]]:
     """All training rows on ``device``, one after another, and the data with views of them, and with test parts there."""
     rows = Part(*(x.to(device) for x in rows_of(data)))
@@ -76,19 +87,33 @@ def home_of(plan: Plan, strategy: Strategy, device: torch.device) -> torch.devic
 
 
 def given(
-    device: torch.device, cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor
+    device: torch.device,
+    cast: Tree,
+    memory: Tree,
+    batches: Tree,
+    live: Tensor,
+    counts: Tensor,
+    rows: Part | None = None,
 ) -> tuple[Tree, Tree, Tree, Tensor, Tensor]:
-    """What a :data:`fedtailor.simulations.engine.Many` is given, on ``device``."""
+    """What a :data:`fedtailor.simulations.engine.Many` is given, on ``device``; examples of ``rows``, if it has none there."""
+    if rows is not None:
+        numbers = batches["rows"]
+        batches = {name: leaf for name, leaf in batches.items() if name != "rows"}
+        batches |= {"x": rows.x[numbers], "y": rows.y[numbers]}
     there = {name: leaf for name, leaf in batches.items() if name != HOSTS_OWN}
     fed = placed(device, there) | {name: batches[name] for name in batches.keys() - there.keys()}
     return placed(device, cast), placed(device, memory), fed, live.to(device), counts.to(device)
 
 
-def across(many: Many, device: torch.device, home: torch.device) -> Many:
-    """``many`` on ``device``, given anything from anywhere; summands come to ``home``, memories to the host."""
+def across(many: Many, device: torch.device, home: torch.device, rows: Part | None = None) -> Many:
+    """``many`` on ``device``, given anything from anywhere; summands come to ``home``, memories to the host.
+
+    Args:
+        rows: on the host, where ``many`` has none to look up examples in.
+    """
 
     def moved(cast: Tree, memory: Tree, batches: Tree, live: Tensor, counts: Tensor) -> tuple[Tree, Tree]:
-        summands, kept = many(*given(device, cast, memory, batches, live, counts))
+        summands, kept = many(*given(device, cast, memory, batches, live, counts, rows))
         return placed(home, summands), placed(HOST, kept)
 
     return moved

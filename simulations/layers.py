@@ -70,7 +70,10 @@ def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple
         z = product(x.flatten(0, -2), weight.start.mT).view(moved.shape) - moved
         return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
     if len(weight) == 1:
-        return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()
+        if bias is None or len(bias) == 1:
+            return F.linear(x, weight[0], None if bias is None else bias[0]), x.detach()
+        z = F.linear(x, weight[0])
+        return (positions(z, clients) + bias[:, None]).view(z.shape), x.detach()
     rows = positions(x, clients)
     if few_and_long(rows, weight):
         z = inner(rows, weight)

@@ -12,14 +12,15 @@ from torch import Tensor, nn
 from fedtailor import tree
 from fedtailor.config import BlockPath
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import SGD, Optimizer
 from fedtailor.recipe import Recipe, losses
 from fedtailor.simulations.blocks import block_train
-from fedtailor.simulations.engine import Many, vmapped
+from fedtailor.simulations.engine import Many, looped, vmapped
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.hardware import drawn
 from fedtailor.simulations.precision import half_losses
-from fedtailor.simulations.stands import NotBatchable
+from fedtailor.simulations.stands import Mixing, NotBatchable
 from fedtailor.strategies import fedavg
 from fedtailor.strategy import Strategy, WeightedChange
 from fedtailor.training import clipped, local_train, plain
@@ -40,6 +41,7 @@ class Task(NamedTuple):
     together: bool  # whether nobody asks for one client's summand
     half: bool = False  # whether models run in bfloat16
     replay: Replay = plainly  # of blocks
+    optimizer: Optimizer = SGD
 
 
 class Round(NamedTuple):
@@ -71,22 +73,29 @@ class Way(NamedTuple):
 def choose(path: BlockPath, task: Task, first: Round) -> Way:
     """The way that ``path`` asks for.
 
-    ``auto`` goes by what the model is made of and never by the clock, so that a run repeats bit for bit; where the model
-    has no batched form, or gives another result in it, it is ``vmap``, and ``why`` says so. ``measure`` takes the fastest
-    of all ways on two steps of the first block; ways differ in rounding.
+    ``auto`` goes by what the model is made of and never by the clock, so that a run repeats bit for bit. Where the model
+    has no batched form, or gives another result in it, it is ``vmap``, and ``why`` says so. It is ``loop`` where that
+    fails, and where examples are mixed, because a batch's padding then shows: in a loop there is no more of it than a
+    site has.
+    ``measure`` takes the fastest of all ways on two steps of the first block; ways differ in rounding.
 
     Raises:
-        ConfigError: if ``path`` asks for batches and the model has no batched form, or one client cannot train it.
+        ConfigError: if ``path`` asks for what the model does not bear, or one client cannot train it.
     """
     if path in ("vmap", "loop"):
-        return forced(path, task)
+        way = forced(path, task)
+        if (error := _fails(way, first)) is not None:
+            raise ConfigError(
+                f"simulation.path: {path}, but the model fails in it: {error}; auto looks for another way"
+            )
+        return way
     why = unfit(task, first)
     if path == "block":
         if why is not None:
-            raise ConfigError(f"simulation.path: block, but {why}; auto falls back on vmap")
+            raise ConfigError(f"simulation.path: block, but {why.why}; auto falls back on vmap or a loop")
         return forced(path, task)
     if path == "auto":
-        return _vmap(task, why) if why is not None else _block(task, sensible(task, first))
+        return _block(task, sensible(task, first)) if why is None else _otherwise(task, first, why)
     return _fastest(task, first, why)
 
 
@@ -112,7 +121,14 @@ def check_half(way: Way, first: Round) -> None:
         ) from error
 
 
-def unfit(task: Task, first: Round) -> str | None:
+class Unfit(NamedTuple):
+    """Why a model cannot be batched."""
+
+    why: str
+    mixes: bool = False  # whether its outputs for an example seem to depend on the others of a batch
+
+
+def unfit(task: Task, first: Round) -> Unfit | None:
     """Why a model cannot be batched; None where it can, and two clients' two steps agree with one at a time."""
     recipe = task.recipe._replace(model=lambda: _without_dropout(task.recipe.model()))
     trial = first.of(2, 2)
@@ -124,26 +140,37 @@ def unfit(task: Task, first: Round) -> str | None:
         "noise": tree.map(lambda p: p.new_zeros(()).expand(*size, *p.shape), cast["params"]),
     }
     inputs = cast, nothing, batches, torch.ones_like(trial.live), trial.num_examples
+    strategy = fedavg()._replace(trains=task.strategy.trains)
     try:
-        many = block_train(recipe, fedavg(), task.lr, task.clip)
+        many = block_train(recipe, strategy, task.lr, task.clip)
         before = drawn(first.live.device)
         found = many(*inputs)[0]["delta"]
         if not torch.equal(before, drawn(first.live.device)):
-            return "the model draws random numbers that no seed of a client is behind"
+            return Unfit("the model draws random numbers that no seed of a client is behind")
     except NotBatchable as error:
-        return str(error)
+        return Unfit(str(error), isinstance(error, Mixing))
     except Exception as error:  # whatever a model's code does that clients folded into the batch cannot
-        return f"with clients folded into the batch it fails: {type(error).__name__}: {error}"
+        return Unfit(f"with clients folded into the batch it fails: {type(error).__name__}: {error}")
     with warnings.catch_warnings(action="ignore"):  # that torch has no batching rule for this or that, and is slow
         try:
-            alone = looped(_train(task._replace(half=False), recipe, fedavg()))(*inputs)[0]["delta"]
+            alone = looped(_train(task._replace(half=False, optimizer=SGD), recipe, strategy))(*inputs)[0]["delta"]
         except RuntimeError as error:
-            how = "" if task.clip is None else " with its examples' gradients apart (torch.func.vmap); privacy=none may"
-            raise ConfigError(f"recipe: not even one client can train this model{how}: {error}") from error
+            raise ConfigError(_impossible(task, str(error))) from error
     for name, expected in alone.items():
         a, b = found[name].nan_to_num(), expected.nan_to_num()
         if (a - b).norm() > 1e-2 * b.norm() + 1e-6:
-            return f"with clients folded into the batch, {name} learns something else: does the model mix examples?"
+            why = f"with clients folded into the batch, {name} learns something else: does the model mix examples?"
+            return Unfit(why, mixes=True)
+    return None
+
+
+def _fails(way: Way, first: Round) -> str | None:
+    """How two clients' two steps fail this way; None where they do not."""
+    with warnings.catch_warnings(action="ignore"):  # that torch has no batching rule for this or that, and is slow
+        try:
+            way.many(*first.of(2, 2))
+        except Exception as error:  # whatever a model's code does that this way does not bear
+            return f"{type(error).__name__}: {error}".splitlines()[0]
     return None
 
 
@@ -151,10 +178,10 @@ def sensible(task: Task, first: Round) -> int:
     """Clients at once: all, but on a CPU only as many as whose own weights stay in its cache."""
     noisy = "noise" in first.batches or "noise_seed" in first.batches
     weighted = isinstance(task.strategy.report, WeightedChange) and task.strategy.reduce.is_sum
-    corrects = task.strategy.correct is not Strategy._field_defaults["correct"]
+    whole = task.strategy.correct is not Strategy._field_defaults["correct"] or not task.optimizer.plain
     rows = first.batches["live"][0].numel()
     starts = task.strategy.start is not Strategy._field_defaults["start"]
-    thin = task.together and weighted and not corrects and not starts and not noisy
+    thin = task.together and weighted and not whole and not starts and not noisy
     params: Params = first.cast["params"]
     own = [p for p in params.values() if not (thin and p.dim() == 2 and rows * sum(p.shape) <= 2 * p.numel())]
     size, clients = sum(p.numel() * p.element_size() for p in own), len(first.live)
@@ -164,18 +191,6 @@ def sensible(task: Task, first: Round) -> int:
     return min(task.block, math.ceil(clients / math.ceil(clients / most)))  # blocks of about one size
 
 
-def looped(train: Callable[..., tuple[Tree, Tree]]) -> Many:
-    """One client's training for many, one after another."""
-
-    def many(cast: Tree, memory: Tree, batches: Tree, live: Tensor, num_examples: Tensor) -> tuple[Tree, Tree]:
-        each = [
-            train(cast, tree.at(memory, k), tree.at(batches, k), live[k], num_examples[k]) for k in range(len(live))
-        ]
-        return tree.stack([summand for summand, _ in each]), tree.stack([kept for _, kept in each])
-
-    return many
-
-
 def _train(task: Task, recipe: Recipe, strategy: Strategy) -> Callable[..., tuple[Tree, Tree]]:
     each = half_losses(recipe) if task.half else losses(recipe)
     return local_train(
@@ -183,6 +198,7 @@ def _train(task: Task, recipe: Recipe, strategy: Strategy) -> Callable[..., tupl
         strategy,
         task.lr,
         each if task.clip is None else None,
+        optimizer=task.optimizer,
     )
 
 
@@ -202,23 +218,40 @@ def _loop(task: Task, why: str) -> Way:
 
 def _block(task: Task, block: int, why: str = "") -> Way:
     how: dict[str, Any] = {"feed": task.feed, "together": task.together, "half": task.half, "replay": task.replay}
-    many = block_train(task.recipe, task.strategy, task.lr, task.clip, **how)
+    many = block_train(task.recipe, task.strategy, task.lr, task.clip, optimizer=task.optimizer, **how)
     return Way(many, "block", block, why)
 
 
-def _fastest(task: Task, first: Round, why: str | None) -> Way:
-    ways = [_vmap(task, "measured"), _loop(task, "measured")]
+def _otherwise(task: Task, first: Round, unfit: Unfit) -> Way:
+    why, failed = unfit.why, ""
+    for way in (_vmap, _loop)[unfit.mixes :]:
+        if not (failed := _fails(way(task, ""), first) or ""):
+            return way(task, why)
+        why += f"; by {way(task, '').path}: {failed}"
+    raise ConfigError(_impossible(task, failed))
+
+
+def _impossible(task: Task, error: str) -> str:
+    how = "" if task.clip is None else " with its examples' gradients apart (torch.func.vmap); privacy=none may"
+    return f"recipe: not even one client can train this model{how}: {error}"
+
+
+def _fastest(task: Task, first: Round, why: Unfit | None) -> Way:
+    ways = [_loop(task, "measured")] + ([_vmap(task, "measured")] if why is None or not why.mixes else [])
     if why is None:
         ways += [_block(task, block, "measured") for block in sorted({1, sensible(task, first), task.block})]
-    seconds, best = dict[str, float](), ways[0]
+    seconds, best, failed = dict[str, float](), ways[0], ""
     for way in ways:
         name = f"{way.path} {way.block}"
         try:
             seconds[name] = _seconds(way, first)
-        except RuntimeError:  # torch has no batching rule for some operation, or there is not enough memory
+        except (RuntimeError, ValueError) as error:  # no batching rule for some operation, say, or not enough memory
+            failed = str(error)
             continue
         best = way if seconds[name] <= min(seconds.values()) else best
-    return best._replace(seconds=seconds, why="measured" if why is None else f"measured; no batches: {why}")
+    if not seconds:
+        raise ConfigError(_impossible(task, failed))
+    return best._replace(seconds=seconds, why="measured" if why is None else f"measured; no batches: {why.why}")
 
 
 def _seconds(way: Way, first: Round) -> float:
@@ -239,4 +272,6 @@ def _without_dropout(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if type(part) is nn.Dropout:
             part.p = 0.0
+        elif isinstance(part, nn.RNNBase | nn.MultiheadAttention):
+            part.dropout = 0.0
     return module

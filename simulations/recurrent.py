@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtailor.simulations.layers import LINEAR
-from fedtailor.simulations.stands import Dropout, Layer, NotBatchable, Stand, Tape
+from fedtailor.simulations.stands import Dropout, Layer, NotBatchable, Stand, Tape, layer_of
 
 State = tuple[Tensor, ...]  # [K * B, H] each: what is remembered, and what is shown, which comes first
 Cell = Callable[[Tensor, Tensor, State], State]
@@ -103,18 +103,17 @@ class Recurrent(nn.Module):
         return torch.stack(shown[::-1] if back else shown, 1), state
 
 
-def stand(name: str, module: Any, tape: Tape) -> Recurrent:
+def stand(name: str, module: Any, tape: Tape, trains: Callable[[str], bool]) -> Recurrent:
     """A recurrent layer as pairs of linear layers, one pair for each layer and direction."""
-    pairs = []
-    for number in range(module.num_layers):
-        for way in ("", "_reverse") if module.bidirectional else ("",):
-            pairs.append((_linear(name, module, f"ih_l{number}{way}"), _linear(name, module, f"hh_l{number}{way}")))
+    ways = ("", "_reverse") if module.bidirectional else ("",)
+    places = [f"l{number}{way}" for number in range(module.num_layers) for way in ways]
+    pairs = [(_linear(name, module, f"ih_{at}", trains), _linear(name, module, f"hh_{at}", trains)) for at in places]
     return Recurrent(module, pairs, tape)
 
 
-def _linear(name: str, module: Any, which: str) -> Layer:
+def _linear(name: str, module: Any, which: str, trains: Callable[[str], bool]) -> Layer:
     outputs, inputs = getattr(module, f"weight_{which}").shape
     own = ("weight", "bias") if module.bias else ("weight",)
     place = f"{name}." if name else ""
-    names = tuple((each, f"{place}{each}_{which}") for each in own)
-    return Layer(f"{place}{which}", nn.Linear(inputs, outputs, module.bias, device="meta"), LINEAR, names)
+    named = {each: (f"{place}{each}_{which}", getattr(module, f"{each}_{which}")) for each in own}
+    return layer_of(f"{place}{which}", nn.Linear(inputs, outputs, module.bias, device="meta"), LINEAR, named, trains)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import tree
-from fedtailor.config import BlockPath, Precision, Steps
+from fedtailor.config import BlockPath, Precision, Rows, Steps
 from fedtailor.errors import RefusedError
 from fedtailor.policy import Policy
 from fedtailor.population import Population
@@ -46,6 +46,7 @@ def simulate(
     population: Population | None = None,
     workers: int = 1,
     device: str = "cpu",
+    rows: Rows = "auto",
     precision: Precision = "float32",
     steps: Steps = "plain",
     ray: str | None = None,
@@ -73,6 +74,7 @@ def simulate(
             those of the sites' held-out parts. What a round costs follows from its cohort, not from the population.
         workers: processes that train the clients, each its share, if it is more than one. Each has all rows in memory.
         device: that clients are trained on, see :func:`fedtailor.simulations.hardware.device_of`.
+        rows: where training rows lie, see :func:`fedtailor.simulations.hardware.home_of_rows`.
         precision: how exactly models multiply, see :mod:`fedtailor.simulations.precision`.
         steps: how a block's are done: see :mod:`fedtailor.simulations.compiled` and :mod:`fedtailor.simulations.graphs`.
         ray: ``local``, or a Ray cluster's address: Ray places the workers, one too. Each asks it for as many CPUs as torch
@@ -98,6 +100,7 @@ def simulate(
         "step_s": step_s,
         "population": population,
         "device": device,
+        "rows": rows,
         "precision": precision,
         "steps": steps,
     }
@@ -142,7 +145,7 @@ def advanced(study: Setting, at: Standing, on_event: OnEvent) -> Standing:
     now, history, stale = study.turn(round), list(at.history), list(at.stale)
     if round % study.plan.evaluation.every == 0:
         shown = {site: study.data[site] for site in now.sites}
-        history.append({"round": round, "sites": measured(study.recipe, strategy, at.state, shown)})
+        history.append({"round": round, "sites": measured(study.recipe, strategy, at.state, shown, study.device)})
     if len(now.sites) < study.plan.quorum:
         raise RefusedError(f"round {round}: {len(now.sites)} sites take part whose turn it is", code="quorum")
 

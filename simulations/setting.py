@@ -9,8 +9,9 @@ from torch import Tensor
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
-from fedtailor.config import BlockPath, Precision, Steps, build
+from fedtailor.config import BlockPath, Precision, Rows, Steps, build
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import optimizer_of
 from fedtailor.policy import Policy
 from fedtailor.population import Population
 from fedtailor.privacy.planning import Sampling, resolve, strategy_of
@@ -23,7 +24,17 @@ from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.devices import fleet
-from fedtailor.simulations.hardware import across, device_of, given, home_of, packed, placed, recipe_on
+from fedtailor.simulations.hardware import (
+    HOST,
+    across,
+    device_of,
+    given,
+    home_of,
+    home_of_rows,
+    packed,
+    placed,
+    recipe_on,
+)
 from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, check_half, choose
 from fedtailor.simulations.policies import Gate, admit
@@ -57,6 +68,7 @@ class Setting(NamedTuple):
     sent: dict[str, int]
     together: bool  # whether nobody asks for one client's summand, and a sum in one go saves work
     device: torch.device  # that clients are trained on
+    streamed: bool  # whether rows lie on the host and a block's come with it
     home: torch.device  # of the state
     precision: Precision
     steps: Steps
@@ -78,6 +90,7 @@ class Setting(NamedTuple):
             summed,
             threads,
             str(self.device),
+            self.streamed,
             self.precision,
             self.steps,
         )
@@ -113,6 +126,7 @@ def prepare(
     step_s: Mapping[str, float] | None,
     population: Population | None,
     device: str = "cpu",
+    rows: Rows = "auto",
     precision: Precision = "float32",
     steps: Steps = "plain",
     on_event: OnEvent,
@@ -144,14 +158,17 @@ def prepare(
             population = counted(population, len(set(cells)))
             _counts(plan, population)
         clients = virtual(plan, dealt, population, fleet(plan, population, strategy, start))
-    rows, data = packed(data, on)
+    lie = home_of_rows(rows, on, data)
+    table, data = packed(data, lie)
+    streamed = table if (lie, rows) == (HOST, "host") or lie != on else None
     recipe, home = recipe_on(recipe, on), home_of(plan, strategy, on)
-    feed = feed_from(plan, rows, placed(on, strategy.start(cast, strategy.remember(start))))
+    feed = feed_from(plan, None if streamed else table, placed(on, strategy.start(cast, strategy.remember(start))))
     large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing
     together = gate is None and plan.buffer is None and large
     clip = None if plan.record is None else plan.record.clip
     task = Task(recipe, strategy, plan.local.lr, clip, feed, block, together)._replace(half=precision == "bf16")
-    task = task._replace(replay=replay_of(steps, on, feed, lambda why: on_event({"kind": "steps", "why": why})))
+    replay = replay_of(steps, on, feed, lambda why: on_event({"kind": "steps", "why": why}))
+    task = task._replace(replay=replay, optimizer=optimizer_of(plan.local))
     trial = next((r for r in range(TRIES) if clients.asked(r)), None)
     if trial is None:
         raise ConfigError(
@@ -162,7 +179,7 @@ def prepare(
         tree.stack([strategy.remember(start)] * len(clients.asked(trial))),
         *clients.fed(trial, clients.asked(trial)),
     )
-    trial_round = Round(*given(on, *first))
+    trial_round = Round(*given(on, *first, streamed))
     way = choose(path, task, trial_round)
     if task.half:
         check_half(way, trial_round)
@@ -186,11 +203,12 @@ def prepare(
         clients,
         population,
         taken * speeds,
-        way._replace(many=across(way.many, on, home)),
+        way._replace(many=across(way.many, on, home, streamed)),
         keep,
         sent,
         together,
         on,
+        streamed is not None,
         home,
         precision,
         steps,

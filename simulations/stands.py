@@ -1,11 +1,13 @@
 """What stands in a model for its layers: each client's weights instead of one's own, and a tape of what they did."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from fedtailor import seeds
+from fedtailor.adapters import SHIFT, is_part
 from fedtailor.simulations import convolutions
 from fedtailor.simulations.convolutions import CONVOLUTION
 from fedtailor.simulations.layers import Kind
@@ -16,6 +18,10 @@ class NotBatchable(Exception):
     """This model cannot run clients folded into the batch axis; the message says why."""
 
 
+class Mixing(NotBatchable):
+    """Its outputs for an example depend on the others of a batch."""
+
+
 class Layer(NamedTuple):
     """A layer with parameters, by its name in the model."""
 
@@ -23,10 +29,12 @@ class Layer(NamedTuple):
     module: Any
     kind: Kind
     names: tuple[tuple[str, str], ...]  # of its parameters: its own, and the model's
+    moving: frozenset[str]  # those, by their own names, that local training moves
+    fixed: Params  # those that are the recipe's: frozen, alike for all, leaves ``[1, ...]``
 
     def own(self, params: Params) -> Params:
-        """Its part of ``params``, by its own names."""
-        return {name: params[full] for name, full in self.names}
+        """Its part of ``params`` and what is frozen, by its own names; one may be all clients' and another each one's."""
+        return {name: self.fixed[name] if name in self.fixed else params[full] for name, full in self.names}
 
     def named(self, own: Params) -> Params:
         """The inverse of :meth:`own`."""
@@ -36,6 +44,31 @@ class Layer(NamedTuple):
     def full(self, name: str) -> str:
         """A parameter's name in the model."""
         return dict(self.names)[name]
+
+
+def layer_of(
+    name: str, module: Any, kind: Kind, named: dict[str, tuple[str, nn.Parameter]], trains: Callable[[str], bool]
+) -> Layer:
+    """A layer some of whose parameters may be frozen.
+
+    Args:
+        named: the model's name of each parameter, by its own, and the parameter.
+        trains: whether local training moves what the study is about, by the model's name.
+    """
+    ours = {own for own, (full, p) in named.items() if p.requires_grad or is_part(full, SHIFT)}
+    moving = frozenset(own for own in ours if trains(named[own][0]))
+    fixed = {own: p.detach()[None] for own, (_, p) in named.items() if own not in ours}
+    names = tuple((own, full) for own, (full, _) in named.items())
+    return Layer(name, module, kind if len(moving) == len(names) else _partly(kind, moving), names, moving, fixed)
+
+
+def _partly(kind: Kind, moving: frozenset[str]) -> Kind:
+    """``kind`` where only some of a layer's parameters have a gradient: their lengths are those of what is made."""
+
+    def gradient(layer: Any, given: Tensor, delta: Tensor, clients: int) -> Params:
+        return {own: g for own, g in kind.gradient(layer, given, delta, clients).items() if own in moving}
+
+    return Kind(kind.forward, gradient)
 
 
 class Call(NamedTuple):
@@ -75,6 +108,8 @@ class Stand(nn.Module):
         layer, tape = self.run
         x = convolutions.arranged(x) if tape.arranged and layer.kind is CONVOLUTION else x
         z, given = layer.kind.forward(layer.module, layer.own(tape.params), x, tape.clients)
+        if not layer.moving:
+            return z
         z = z if z.requires_grad else z.requires_grad_()
         tape.calls.append(Call(layer, given, z, z._version))
         return z

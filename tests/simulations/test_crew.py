@@ -12,6 +12,7 @@ from fedtailor.population import Population
 from fedtailor.simulations import crew as crews
 from fedtailor.simulations.cohort import rows_of
 from fedtailor.simulations.crew import Died, crew
+from fedtailor.simulations.paths import Unfit
 from fedtailor.simulations.run import simulate
 from fedtailor.simulations.setting import prepare
 
@@ -134,6 +135,6 @@ def test_they_end_with_whoever_started_them(plan, sources, monkeypatch):
 
 
 def test_a_model_that_cannot_be_batched_is_refused_before_anything_is_started(plan, sources, monkeypatch):
-    monkeypatch.setattr("fedtailor.simulations.paths.unfit", lambda *_: "it mixes examples")
+    monkeypatch.setattr("fedtailor.simulations.paths.unfit", lambda *_: Unfit("it mixes examples"))
     with pytest.raises(ConfigError, match="simulation.path: block, but it mixes examples"):
         simulate(plan(**QUIET), sources, path="block", workers=2)

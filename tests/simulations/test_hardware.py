@@ -13,11 +13,10 @@ from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import convolutions, hardware
 from fedtailor.simulations.blocks import block_train
-from fedtailor.simulations.engine import simulate_round, vmapped
+from fedtailor.simulations.engine import looped, simulate_round, vmapped
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.hardware import HOST, across, device_of
 from fedtailor.simulations.noise import seeded
-from fedtailor.simulations.paths import looped
 from fedtailor.simulations.run import simulate
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

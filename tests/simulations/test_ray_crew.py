@@ -32,7 +32,7 @@ from fedtailor.simulations.setting import prepare
 
 QUIET = {"evaluation": {"baseline": False}}
 HOW = {"block": 64, "path": "auto", "policies": None, "step_s": None, "population": None}
-DUTY = Duty("{}", None, "block", 64, False, True, 1, "cpu", "float32", False)
+DUTY = Duty("{}", None, "block", 64, False, True, 1, "cpu", False, "float32", "plain")
 ROWS = Part(torch.zeros(1, 1), torch.zeros(1))
 
 

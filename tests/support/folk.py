@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
+from fedtailor.optimizers import SGD
 from fedtailor.recipe import Recipe
 from fedtailor.training import clipped, local_train, plain
 
@@ -139,12 +140,13 @@ OTHERS = {"wide": (WIDE, numbers(300)), "wide twice": (Wide, numbers(300)), "dro
 
 
 def made(name, dtype=torch.double):
-    model, inputs = (MODELS | OTHERS)[name]
+    """A recipe of one of these models, or of another's ``(model, inputs)``, and inputs for it."""
+    model, inputs = (MODELS | OTHERS)[name] if isinstance(name, str) else name
 
     def each(outputs, y):
         return cross_entropy(outputs, y, reduction="none")
 
-    return Recipe(name, None, lambda: model().to(dtype), each, None), inputs
+    return Recipe(str(name), None, lambda: model().to(dtype), each, None), inputs
 
 
 def world(recipe, inputs, clip, strategy=None, seed=0):
@@ -166,10 +168,10 @@ def world(recipe, inputs, clip, strategy=None, seed=0):
     return params, batches, live, torch.arange(1.0, K + 1, dtype=torch.double)
 
 
-def reference(recipe, strategy, clip, lr=0.3):
+def reference(recipe, strategy, clip, lr=0.3, optimizer=SGD):
     losses = recipes.losses(recipe)
     gradient = plain(losses) if clip is None else clipped(losses, clip)
-    return local_train(gradient, strategy, lr, losses if clip is None else None)
+    return local_train(gradient, strategy, lr, losses if clip is None else None, optimizer=optimizer)
 
 
 def one_by_one(train, cast, memory, batches, live, counts):
