@@ -28,9 +28,9 @@ from fedtailor.privacy.planning import Sampling, strategy_of
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations.cohort import feed_from
 from fedtailor.simulations.compiled import replay_of
-from fedtailor.simulations.engine import in_blocks
+from fedtailor.simulations.engine import Many, in_blocks
 from fedtailor.simulations.hardware import HOST, across, device_of, keep_pages, placed, recipe_on
-from fedtailor.simulations.paths import Task, Way, forced
+from fedtailor.simulations.paths import Task, forced
 from fedtailor.simulations.precision import multiplied
 from fedtailor.strategy import Strategy
 from fedtailor.study import Plan
@@ -132,15 +132,20 @@ def served(duty: Duty, rows: Part) -> Callable[[Tree], Tree]:
     task = task._replace(half=duty.precision == "bf16", optimizer=optimizer_of(plan.local))
     replay = replay_of(duty.steps, on, task.feed, lambda why: print(why, file=sys.stderr))
     way = forced(duty.path, task._replace(replay=replay))
-    return partial(
-        _round, strategy, way._replace(many=across(way.many, on, HOST, rows if duty.streamed else None)), duty
-    )
+    many = across(way.many, on, HOST, rows if duty.streamed else None)
+    return partial(_round, strategy, many, duty, [way.block])
 
 
-def _round(strategy: Strategy, way: Way, duty: Duty, told: Tree) -> Tree:
+def _round(strategy: Strategy, many: Many, duty: Duty, fits: list[int], told: Tree) -> Tree:
+    """A round; the last of ``fits`` is how many clients there is memory for at once, as far as is known."""
+
+    def smaller(block: int) -> None:
+        fits.append(block)
+        print(f"simulation.block: out of memory; {block} at once from now on", file=sys.stderr)
+
     acc, kept = list[Tree](), list[Tree]()
     given = told["cast"], told.get("memory", {}), told["batches"], told["live"], told["counts"]
-    for _, summands, mem in in_blocks(way.many, *given, way.block):
+    for _, summands, mem in in_blocks(many, *given, fits[-1], smaller):
         acc = [strategy.reduce.add(acc[0] if acc else None, summands)] if duty.summed else [*acc, summands]
         kept.append(mem)
     found = tree.at(acc[0], None) if duty.summed else tree.map(_cat, *acc)

@@ -3,11 +3,14 @@
 import pytest
 import torch
 from folk import CLIP, B, K, S, Sequences, assert_close, numbers, one_by_one, reference, started, world
+from opacus.grad_sample import GradSampleModule
+from opacus.optimizers import DPOptimizer
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from fedtailor import strategies, tree
 from fedtailor.adapters import SHIFT, adapted, is_part
+from fedtailor.client.safe_optimizer import quiet_hooks
 from fedtailor.recipe import Recipe, initial
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.feed import NOTHING
@@ -171,3 +174,27 @@ def test_frozen_layers_keep_their_own_weights_and_cost_no_call():
     assert [call.layer.name for call in model.tape.calls] == ["0", "1", "3.lora_a", "3.lora_b", "5"]
     assert type(model.module[3].base) is nn.Linear
     assert any(is_part(name, SHIFT) for name in initial(recipe, 0))
+
+
+@pytest.mark.parametrize("name", ["the first layer", "all weights", "weights of images", "adapters of sequences"])
+def test_the_sum_of_clipped_gradients_is_opacus(name):
+    """Which clips by the length of what is trained, too."""
+    recipe, inputs = recipe_of(name)
+    params, batches, live, counts = world(recipe, inputs, CLIP, strategies.fedavg())
+    batches |= {"live": torch.ones(K, S, B).double(), "scale": torch.ones(K, S).double()}
+    batches["noise"] = tree.map(torch.zeros_like, batches["noise"])
+    first = tree.map(lambda x: x[:, :1], batches), live[:, :1], counts
+    cast = disturbed({"params": params})
+    found = block_train(recipe, strategies.fedavg(), 1.0, CLIP)(cast, {}, *first)[0]["delta"]
+    for k in range(K):
+        module = GradSampleModule(recipe.model(), loss_reduction="sum")
+        module._module.load_state_dict(cast["params"], strict=False)
+        optimizer = DPOptimizer(torch.optim.SGD([p for p in module.parameters() if p.requires_grad], 1.0), noise_multiplier=0.0,
+                                max_grad_norm=CLIP, expected_batch_size=None, loss_reduction="sum")  # fmt: skip
+        with quiet_hooks():
+            recipe.losses(module(batches["x"][k, 0]), batches["y"][k, 0]).sum().backward()
+        optimizer.pre_step()
+        theirs = {own: p.grad for own, p in module._module.named_parameters() if p.requires_grad}
+        assert theirs.keys() == params.keys()
+        for own, gradient in theirs.items():
+            torch.testing.assert_close(-found[own][k] / counts[k], gradient, rtol=1e-6, atol=1e-6)
