@@ -58,8 +58,8 @@ def block_train(
     model, defaults = folded(recipe, strategy.trains)._replace(half=half), Strategy._field_defaults
     starts, corrects = strategy.start is not defaults["start"], strategy.correct is not defaults["correct"]
     whole = corrects or not optimizer.plain  # whether somebody asks for gradients
-    weighted = strategy.report if together and strategy.reduce.is_sum else None
-    weighted = weighted if isinstance(weighted, WeightedChange) else None
+    change = strategy.report if isinstance(strategy.report, WeightedChange) else None
+    weighted = change if together and strategy.reduce.is_sum else None
 
     def trained(sets: dict[str, Descent], batch: Batch) -> list[list[Part]]:
         at = recipe, model, [each.params for each in sets.values()], batch
@@ -119,7 +119,12 @@ def block_train(
             delta = sets[""].total(number, cast["params"])
             summand = {"delta": delta} | tree.map(lambda x: x.sum(0)[None], others)
             return {"summand": summand, "memory": memory} | _odd(model.tape)
-        ended = known | {"params": _one({name: each.explicit(clients) for name, each in sets.items()})}
+        ends = {name: each.explicit(clients) for name, each in sets.items()}
+        if change is not None and "" in ends:  # what its call does, of all clients without the cost of ``vmap``
+            number, others = _weigh(change, cast, known, clients, lr)
+            delta = tree.map(lambda end, start: (end - start) * beside(number, end), ends[""], cast["params"])
+            return {"summand": {"delta": delta} | others, "memory": memory} | _odd(model.tape)
+        ended = known | {"params": _one(ends)}
         found = _over_clients(lambda one: _reported(strategy, Local(cast=cast, lr=lr, **one)), clients)(ended)
         return found | _odd(model.tape)
 
