@@ -15,7 +15,7 @@ from fedtailor.recipe import Recipe
 from fedtailor.simulations import gradients
 from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import Many
-from fedtailor.simulations.feed import DRAWN, NOTHING, Batch, Feed, Rooms, apart
+from fedtailor.simulations.feed import DRAWN, NOTHING, Batch, Feed, Rooms, parting
 from fedtailor.simulations.folded import folded
 from fedtailor.simulations.gradients import Part
 from fedtailor.simulations.graphs import Replay, plainly
@@ -88,14 +88,14 @@ def block_train(
         how: tuple[Any, ...] = not starts, thin, kept, examples, optimizer
         sets = {name: Descent(params, steps, *how) for name, params in _sets(start).items()}
         corrected = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
-        rate, like = lr * live, feed.shapes(batches)
+        rate, apart = lr * live, parting(feed.shapes(batches))
         if not whole:
             for batch in feed.steps(batches, rooms, noisy, rate):
                 for each, own in zip(sets.values(), trained(sets, batch), strict=True):
                     each.step(own, clients, batch.x)
                 if batch.noise is not None:
-                    for name, drawn in _sets(apart(batch.noise, like)).items():
-                        sets[name].stray(parted(drawn, strategy.trains)[0], batch.scale)
+                    for name, drawn in _sets(apart(batch.noise)).items():
+                        sets[name].stray(drawn, batch.scale, strategy.trains)
         else:
             for step, batch in enumerate(feed.steps(batches, rooms, noisy)):
                 parts = zip(sets.items(), trained(sets, batch), strict=True)
@@ -106,7 +106,7 @@ def block_train(
                     }
                 )
                 if batch.noise is not None:
-                    drawn = apart(batch.noise, like)
+                    drawn = apart(batch.noise)
                     grads = tree.map(lambda g, n, b=batch: torch.addcmul(g, beside(b.scale, g), n), grads, drawn)
                 if corrects:
                     grads = corrected(

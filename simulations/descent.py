@@ -96,9 +96,11 @@ class Descent:
                 self._descend(part.layer.named(linear_bias(part.layer.module, delta, clients)))
         self.begun = True
 
-    def stray(self, noise: dict[str, Tensor], scale: Tensor) -> None:
-        """``params - scale * noise``, leaves ``[K, ...]``; in place, once they are our own."""
+    def stray(self, noise: dict[str, Tensor], scale: Tensor, trains: Callable[[str], bool]) -> None:
+        """``params - scale * noise``, leaves ``[K, ...]``, of those that ``trains``; in place, once they are our own."""
         for name, drawn in noise.items():
+            if not trains(name):
+                continue
             params, by = self.params[name], beside(scale, drawn)
             out = params if name in self.own else None
             self.params[name] = torch.addcmul(params, by, drawn, value=-1, out=out)

@@ -1,5 +1,6 @@
 """What a block is fed: examples by their row in one table of all clients' rows, and seeded noise, made when needed."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -78,7 +79,8 @@ class Feed(NamedTuple):
             rows = found.pop("rows")
             found |= {"x": self.data.x[rows], "y": self.data.y[rows]}
         if "noise_seed" in found:
-            each = [apart(drawn.clone(), self.like) for drawn in self._seeded(batches)]
+            apart = parting(self.like)
+            each = [apart(drawn.clone()) for drawn in self._seeded(batches)]
             del found["noise_seed"]
             found["noise"] = tree.map(lambda *xs: torch.stack(xs, 1), *each)
         return found
@@ -111,13 +113,16 @@ class Feed(NamedTuple):
         return self.noise(batches["noise_seed"], batches["live"].shape[1])
 
 
-def apart(flat: Tensor, like: Tree) -> Tree:
-    """``[K, N]`` as a tree of the shapes of ``like``, leaves ``[K, ...]``."""
-    shapes = tree.flatten(like)
-    parts = torch.split(flat, [p.numel() for p in shapes.values()], 1)
-    return tree.unflatten(
-        {name: part.view(len(flat), *p.shape) for (name, p), part in zip(shapes.items(), parts, strict=True)}
-    )
+def parting(like: Tree) -> Callable[[Tensor], Tree]:
+    """A function of ``[K, N]`` to a tree of the shapes of ``like``, leaves ``[K, ...]``."""
+    shapes = {name: tuple(p.shape) for name, p in tree.flatten(like).items()}
+    sizes = [math.prod(shape) for shape in shapes.values()]
+
+    def apart(flat: Tensor) -> Tree:
+        parts = zip(shapes.items(), torch.split(flat, sizes, 1), strict=True)
+        return tree.unflatten({name: part.view(-1, *shape) for (name, shape), part in parts})
+
+    return apart
 
 
 NOTHING = Feed()
