@@ -85,7 +85,9 @@ def _by(local: LocalTraining) -> str:
     said = local.optimizer.model_dump(exclude_defaults=True)
     parts = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in said.items())
     name = {"sgd": "SGD", "adam": "Adam", "adamw": "AdamW"}[local.optimizer.name]
-    return f" by {name}, anew in each round" + (f" ({parts})" if parts else "") if local.optimizer != Sgd() else ""
+    if local.optimizer == Sgd():
+        return ""
+    return f" by {name}{' with ' if parts else ''}{parts}, which began anew in each round"
 
 
 def _recipe(result: Result, plan: Plan) -> list[str]:

@@ -115,7 +115,8 @@ def read(folder: Path) -> Run:
     except (OSError, ValueError, yaml.YAMLError) as error:  # pydantic's is a ValueError
         raise StoreError(f"{path} cannot be read: {str(error).splitlines()[0]}; run it again, or remove it") from error
     config |= {"population": result.population, "simulation": result.simulation}  # are no part of the plan
-    settings = {key: value for key, value in _flat(config).items() if key not in NAMED}
+    unsaid = {"local.optimizer.name": "sgd"}  # a plan does not name plain SGD
+    settings = unsaid | {key: value for key, value in _flat(config).items() if key not in NAMED}
     return Run(result, settings | {"engine": result.engine, "status": result.status}, folder)
 
 

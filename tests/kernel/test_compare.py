@@ -82,6 +82,13 @@ def test_what_differs_is_a_column_and_what_is_the_same_is_not(tmp_path):
     assert "rounds" in text.splitlines()[1] and "differ in quorum" in text  # it tells nothing that rounds does not
 
 
+def test_plain_sgd_is_named_beside_another_optimizer(tmp_path):
+    """Though its plan does not name it."""
+    write(tmp_path / "a", 0.8)
+    write(tmp_path / "b", 0.7, "local.optimizer=adam")
+    assert sorted(row["settings"]["local.optimizer.name"] for row in rows_of(tmp_path)) == ["adam", "sgd"]
+
+
 def test_epsilon_is_the_greatest_and_rounded_up(tmp_path):
     write(tmp_path / "a", 0.8, epsilon=2.0001)
     write(tmp_path / "b", 0.8, seed=1, epsilon=1.5)

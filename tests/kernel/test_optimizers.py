@@ -8,6 +8,7 @@ from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
 from fedtailor import strategies, tree
+from fedtailor.card import _by
 from fedtailor.config import load, readable
 from fedtailor.errors import ConfigError
 from fedtailor.optimizers import SGD, descended, optimizer_of
@@ -153,3 +154,15 @@ def test_a_strategy_that_reads_a_change_as_gradients_is_refused_another(name):
                 make(asked(optimizer))
     assert strategy_of(asked("sgd")).plain_sgd and SGD.plain
     assert not strategy_of(load(["study=heart", "privacy=none", "local.optimizer=adam"]).plan).plain_sgd
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("sgd", ""),
+        ("nesterov", " by SGD with momentum 0.9, nesterov True, weight decay 0.1, which began anew in each round"),
+        ("adam", " by Adam, which began anew in each round"),
+    ],
+)
+def test_a_card_says_what_sites_stepped_by(rule, said):
+    assert _by(local(rule)) == said

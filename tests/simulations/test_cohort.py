@@ -12,7 +12,7 @@ from fedtailor.privacy.planning import resolve
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import cohort, setting
 from fedtailor.simulations import noise as noise_of
-from fedtailor.simulations.feed import apart
+from fedtailor.simulations.feed import parting
 from fedtailor.simulations.noise import seeded
 from fedtailor.simulations.run import simulate
 
@@ -58,7 +58,7 @@ def test_noise_is_its_clients_own_whatever_the_block():
 
 def test_noise_comes_apart_into_the_parameters():
     flat = torch.arange(2 * sum(x.numel() for x in tree.leaves(LIKE))).view(2, -1)
-    found = tree.flatten(apart(flat, LIKE))
+    found = tree.flatten(parting(LIKE)(flat))
     assert found.keys() == tree.flatten(LIKE).keys()
     assert all(x.shape == (2, *tree.flatten(LIKE)[name].shape) for name, x in found.items())
     assert torch.equal(torch.cat([x.reshape(2, -1) for x in found.values()], 1), flat)
