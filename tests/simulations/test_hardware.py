@@ -8,8 +8,9 @@ import torch
 from folk import CLIP, K, assert_close, made, reference, world
 from strays import OTHER, elsewhere_by_default
 
-from fedtailor import adapters, strategies, tree
+from fedtailor import strategies, tree
 from fedtailor.errors import ConfigError
+from fedtailor.optimizers import SGD, adam
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import convolutions, hardware
 from fedtailor.simulations.blocks import block_train
@@ -22,14 +23,9 @@ from fedtailor.simulations.run import simulate
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
-def lora():
-    model, inputs = made("text")
-    return model._replace(model=lambda: adapters.adapted(model.model(), 2, key="k")), inputs
-
-
 def case(name, clip):
     """A recipe, its world with rows by number and, where it is clipped, seeds of noise, and the feed for these."""
-    made_up, inputs = lora() if name == "lora" else made(name)
+    made_up, inputs = made(name)
     params, batches, live, counts = world(made_up, inputs, None)
     rows = torch.arange(batches["y"].numel()).view(batches["y"].shape)
     table = Part(batches.pop("x").flatten(0, 2), batches.pop("y").flatten())
@@ -37,7 +33,7 @@ def case(name, clip):
     return made_up, params, (batches, live, counts), Feed(table, None if clip is None else seeded(params, CLIP), params)
 
 
-WAYS = [("block", name) for name in ("linear", "mlp", "conv1d", "conv2d", "text", "dropout", "wide")]
+WAYS = [("block", name) for name in ("linear", "mlp", "conv1d", "conv2d", "text", "dropout", "wide", "lora", "encoder")]
 WAYS += [("grouped", "conv2d"), ("vmap", "mlp")]
 WAYS += [pytest.param(path, name, marks=pytest.mark.slow) for path, name in (("vmap", "lora"), ("loop", "text"))]
 
@@ -51,7 +47,8 @@ def test_a_round_makes_nothing_elsewhere(path, name, clip, monkeypatch):
     made_up, params, (batches, live, counts), feed = case(name, clip)
     strategy = strategies.scaffold(population=K) if name == "mlp" else strategies.fedavg()
     if path in ("block", "grouped"):
-        many = block_train(made_up, strategy, 0.3, clip, feed=feed, together=name == "wide")
+        optimizer = adam(weight_decay=0.1, decoupled=True) if name == "lora" else SGD
+        many = block_train(made_up, strategy, 0.3, clip, feed=feed, together=name == "wide", optimizer=optimizer)
     else:
         one = {"vmap": vmapped, "loop": looped}[path](reference(made_up, strategy, clip))
         many = lambda cast, memory, batches, *rest: one(cast, memory, feed.all(batches), *rest)  # noqa: E731

@@ -8,6 +8,7 @@ from folk import CLIP, B, K, S, assert_close, made, reference, started, world
 from strays import Waits
 
 from fedtailor import strategies, tree
+from fedtailor.optimizers import SGD, adam
 from fedtailor.recipe import Part
 from fedtailor.simulations import convolutions, gradients
 from fedtailor.simulations.blocks import block_train
@@ -26,7 +27,9 @@ def waits(fn):
 
 
 @pytest.mark.parametrize("clip", [None, CLIP], ids=["plain", "clipped"])
-@pytest.mark.parametrize("name", ["linear", "mlp", "conv1d", "conv2d", "text", "long sequence", "dropout", "wide"])
+@pytest.mark.parametrize(
+    "name", ["linear", "mlp", "conv1d", "conv2d", "text", "long sequence", "dropout", "wide", "lora", "encoder"]
+)
 def test_a_block_waits_for_nothing_but_what_is_named(name, clip, monkeypatch):
     """As a GPU has it: grouped convolutions, and lengths looked at when the block is done."""
     monkeypatch.setattr(convolutions, "looped", lambda x: False)
@@ -37,8 +40,12 @@ def test_a_block_waits_for_nothing_but_what_is_named(name, clip, monkeypatch):
     table = Part(batches.pop("x").flatten(0, 2), batches.pop("y").flatten())
     batches |= {"rows": rows} | ({} if clip is None else {"noise_seed": torch.arange(K)})
     feed = Feed(table, None if clip is None else seeded(params, CLIP), params)
-    for strategy in (strategies.fedavg(), strategies.scaffold(population=K)):
-        many = block_train(recipe, strategy, 0.3, clip, feed=feed, together=name == "wide")
+    for strategy, optimizer in (
+        (strategies.fedavg(), SGD),
+        (strategies.scaffold(population=K), SGD),
+        (strategies.fedavg(), adam()),
+    ):
+        many = block_train(recipe, strategy, 0.3, clip, feed=feed, together=name == "wide", optimizer=optimizer)
         cast, memory = started(strategy, params)
         found = waits(lambda many=many, given=(cast, memory, batches, live, counts): many(*given))
         assert found == ({} if clip is None else SEEDS | LENGTHS)

@@ -6,6 +6,7 @@ from torch.nn.functional import cross_entropy
 
 from fedtailor import recipe as recipes
 from fedtailor import tree
+from fedtailor.adapters import adapted
 from fedtailor.optimizers import SGD
 from fedtailor.recipe import Recipe
 from fedtailor.training import clipped, local_train, plain
@@ -102,6 +103,18 @@ class Sequences(nn.Module):
         return self.head(last) + end.sum(0) @ torch.eye(4, 3, dtype=x.dtype)
 
 
+class Encoded(nn.Module):
+    """Torch's own transformer layer, which drops, on [B, 5, 8] of which the last is padding for some."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 6, 0.3, batch_first=True), nn.Linear(8, 3)
+
+    def forward(self, x):
+        padding = (x[..., 0] > 0) & (torch.arange(5, device=x.device) > 3)
+        return self.head(self.layer(x, src_key_padding_mask=padding).mean(1))
+
+
 def numbers(*shape):
     return lambda rng, *leading: torch.randn(*leading, *shape, generator=rng, dtype=torch.double)
 
@@ -136,7 +149,8 @@ MODELS |= {
     "lstm": (lambda: Sequences(nn.LSTM, batch_first=True, bidirectional=True, num_layers=2), numbers(3, 3)),
 }
 OTHERS = {"wide": (WIDE, numbers(300)), "wide twice": (Wide, numbers(300)), "dropout": (DROPS, numbers(6)),
-          "text unpadded": (lambda: Text(None), tokens)}  # fmt: skip
+          "text unpadded": (lambda: Text(None), tokens), "encoder": (Encoded, numbers(5, 8)),
+          "lora": (lambda: adapted(Text(), 2, key="k"), tokens)}  # fmt: skip
 
 
 def made(name, dtype=torch.double):
