@@ -50,9 +50,9 @@ def private_train(
 ) -> tuple[Tree, Tree]:
     """One round of DP-SGD from ``cast["params"]``: the same as ``local_train(clipped(...))``, for real data.
 
-    Formal guarantee: the pair it returns is, whatever the optimizer, the post-processed output of ``plan.local.steps`` Gaussian mechanisms of
-    multiplier ``noise_multiplier``, each on a Poisson sample of rate ``plan.local.rate``; the cost is the
-    :class:`~fedtailor.privacy.accounting.Charge` of those three numbers. Neighbours: one record counts as zero. It
+    Formal guarantee: the pair it returns is, whatever the optimizer, the post-processed output of ``plan.local.steps``
+    Gaussian mechanisms of multiplier ``noise_multiplier``, each on a Poisson sample of rate ``plan.local.rate``; the cost
+    is the :class:`~fedtailor.privacy.accounting.Charge` of those three numbers. Neighbours: one record counts as zero. It
     needs a recipe that :func:`check_private` accepts, and a key of ``rng`` that is secret.
 
     The noise is bound to all inputs: the same key repeats a round bit for bit after a crash, but with other data,

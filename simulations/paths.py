@@ -224,10 +224,10 @@ def _block(task: Task, block: int, why: str = "") -> Way:
 
 def _otherwise(task: Task, first: Round, unfit: Unfit) -> Way:
     why, failed = unfit.why, ""
-    for way in (_vmap, _loop)[unfit.mixes :]:
-        if not (failed := _fails(way(task, ""), first) or ""):
-            return way(task, why)
-        why += f"; by {way(task, '').path}: {failed}"
+    for way in (_vmap(task, ""), _loop(task, ""))[unfit.mixes :]:
+        if not (failed := _fails(way, first) or ""):
+            return way._replace(why=why)
+        why += f"; by {way.path}: {failed}"
     raise ConfigError(_impossible(task, failed))
 
 

@@ -24,17 +24,7 @@ from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.crew import Duty
 from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.devices import fleet
-from fedtailor.simulations.hardware import (
-    HOST,
-    across,
-    device_of,
-    given,
-    home_of,
-    home_of_rows,
-    packed,
-    placed,
-    recipe_on,
-)
+from fedtailor.simulations.hardware import across, device_of, given, home_of, home_of_rows, packed, placed, recipe_on
 from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, check_half, choose
 from fedtailor.simulations.policies import Gate, admit
@@ -160,7 +150,7 @@ def prepare(
         clients = virtual(plan, dealt, population, fleet(plan, population, strategy, start))
     lie = home_of_rows(rows, on, data)
     table, data = packed(data, lie)
-    streamed = table if (lie, rows) == (HOST, "host") or lie != on else None
+    streamed = table if rows == "host" or lie != on else None
     recipe, home = recipe_on(recipe, on), home_of(plan, strategy, on)
     feed = feed_from(plan, None if streamed else table, placed(on, strategy.start(cast, strategy.remember(start))))
     large = clients.many * sum(p.numel() for p in start.values()) >= SMALL  # else a sum in one go saves nothing

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics as sklearn
+from torch import nn
 
-from fedtailor.recipe import Part, evaluate
+from fedtailor.recipe import Part, Recipe, evaluate
 from fedtailor.recipes import tabular
 from fedtailor.recipes.metrics import RARE, binary
 
@@ -113,3 +114,14 @@ def test_a_part_that_is_too_small_is_measured_by_no_name():
     part = Part(torch.randn(12, params["layers.head.weight"].shape[1]), labels(6, 6))
     assert none(evaluate(recipe, params, part, minimum=13)) == NAMES
     assert evaluate(recipe, params, part, minimum=12) == binary(torch.zeros(12), part.y)
+
+
+@pytest.mark.parametrize("drops", [nn.Dropout(0.9), nn.Identity()], ids=["dropout", "none"])
+def test_a_model_is_measured_without_dropout_and_normalised_by_its_batch(drops):
+    """Averages that a BatchNorm kept would be those it began with: they do not travel."""
+    model = nn.Sequential(nn.BatchNorm1d(3), drops, nn.Linear(3, 1, bias=False))
+    recipe = Recipe("made up", None, lambda: model.train(), None, lambda outputs, y: {"all": outputs[:, 0].tolist()})
+    x = torch.randn(20, 3, generator=torch.Generator().manual_seed(0)) * 5 + 7
+    params = {"0.weight": torch.ones(3), "0.bias": torch.zeros(3), "2.weight": torch.ones(1, 3)}
+    expected = ((x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()).sum(1)
+    assert evaluate(recipe, params, Part(x, torch.zeros(20)))["all"] == pytest.approx(expected.tolist(), abs=1e-4)
