@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-from fedtailor.server.memory import unwritten
+from fedtailor.server.memory import KEPT, unwritten
 
 SMAPS = """\
 1000-3000 r-xp 00000000 08:01 1                          /usr/lib/libone.so
@@ -90,4 +90,6 @@ print(resident() - before)
 def test_nothing_stays_of_what_passed_through_many_threads() -> None:
     ran = subprocess.run([sys.executable, "-c", CHUNKS], capture_output=True, text=True, timeout=120)
     assert ran.returncode == 0, ran.stderr
-    assert int(ran.stdout) < 8 * 2**20  # without keep_heaps_few 90 MB, in heaps of their own that nobody trims
+    # Without keep_heaps_few 90 MB, in heaps of their own that nobody trims. Of the second heap, glibc trims all but its end:
+    # there KEPT bytes may lie, and do if the last that a thread frees lay there.
+    assert int(ran.stdout) < KEPT + 2**20
