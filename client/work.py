@@ -78,7 +78,7 @@ def perform(
         over = after(plan.local.within_s)
         if plan.record is None:
             mask = draw(plan.local, len(data.train.y), plan.seed, visit.round, site)
-            batches = pack(data.train, mask, plan.local.rate) | {"seed": choices(plan, visit.round, site)}
+            batches = pack(data.train, mask, plan.local.poisson_rate) | {"seed": choices(plan, visit.round, site)}
             losses = recipes.losses(recipe)
             train = local_train(plain(losses), strategy, plan.local.lr, losses, over, optimizer_of(plan.local))
             count = torch.tensor(float(len(data.train.y)))

@@ -21,7 +21,7 @@ def train_alone(recipe: Recipe, part: Part, plan: Plan, site: str) -> Params:
     optimizer, kept, rate = optimizer_of(plan.local), Kept(), torch.tensor(plan.local.lr)
     for round in range(plan.rounds):
         mask = draw(plan.local, len(part.y), plan.seed, round, site)
-        batches = pack(part, mask, plan.local.rate)
+        batches = pack(part, mask, plan.local.poisson_rate)
         for step in range(plan.local.steps):
             batch = {name: leaf[step] for name, leaf in batches.items()}
             moving, fixed = parted(params, trained)

@@ -1,6 +1,11 @@
-"""From a site's examples to one round of padded Poisson batches, drawn alike in a deployment and in a simulation."""
+"""From a site's examples to one round of padded batches, drawn alike in a deployment and in a simulation.
 
-from collections.abc import Sequence
+They are Poisson samples, or, without privacy, a shuffled order's parts: every ``local.epoch`` steps then see each example
+once. "Local epochs" of the literature (McMahan et al. 2017, Algorithm 1, https://arxiv.org/abs/1602.05629) are such steps.
+"""
+
+import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +17,7 @@ from fedtailor.tree import Tree
 
 
 def draw(local: LocalTraining, examples: int, seed: int, round: int, client: str) -> Tensor:
-    """Which examples each local step sees: a seeded, reproducible Poisson sample ``[S, N]`` of 0.0 and 1.0.
+    """Which examples each local step sees: ``[S, N]`` of 0.0 and 1.0, seeded and reproducible.
 
     For training without privacy and for simulations. A private deployment draws from a CSPRNG instead.
     """
@@ -21,13 +26,33 @@ def draw(local: LocalTraining, examples: int, seed: int, round: int, client: str
 
 def sampled(local: LocalTraining, sizes: Sequence[int], seed: int, round: int, clients: Sequence[str]) -> Tensor:
     """:func:`draw` of several clients, their examples one after another's: ``[S, sum(sizes)]``, true or false."""
-    drawn, generator = torch.empty(local.steps, sum(sizes)), torch.Generator()
-    rows = iter(torch.split(drawn.view(-1), [*sizes] * local.steps))
-    keys = [seeds.numbers(seed, "sample", round, client) for client in clients]
-    for step in range(local.steps):
+    if local.sampling == "poisson":
+        keys = [seeds.numbers(seed, "sample", round, client) for client in clients]
+        return _uniform(local.steps, sizes, keys) < local.rate
+    keys = [seeds.numbers(seed, "shuffle", round, client) for client in clients]
+    step, epochs = torch.arange(local.steps), math.ceil(local.steps / local.epoch)
+    dealt = _dealt(_uniform(epochs, sizes, keys), sizes, local.epoch)
+    return dealt[step // local.epoch] == (step % local.epoch)[:, None]
+
+
+def _uniform(times: int, sizes: Sequence[int], keys: Sequence[Callable[[int], int]]) -> Tensor:
+    """``times`` draws from [0, 1) for each example of several clients, ``[times, sum(sizes)]``, each client's by its key."""
+    drawn, generator = torch.empty(times, sum(sizes)), torch.Generator()
+    rows = iter(torch.split(drawn.view(-1), [*sizes] * times))
+    for time in range(times):
         for key, size in zip(keys, sizes, strict=True):
-            torch.rand(size, generator=generator.manual_seed(key(step)), out=next(rows))
-    return drawn < local.rate
+            torch.rand(size, generator=generator.manual_seed(key(time)), out=next(rows))
+    return drawn
+
+
+def _dealt(drawn: Tensor, sizes: Sequence[int], parts: int) -> Tensor:
+    """Which of ``parts`` parts, as equal as can be, each client's examples fall into by the order of ``drawn [E, N]``."""
+    rows = torch.tensor(sizes)
+    client = torch.arange(len(sizes)).repeat_interleave(rows)
+    order = (drawn.double() + client).argsort(stable=True, dim=1)  # a client's examples stay among themselves
+    rank = torch.arange(len(client)) - (rows.cumsum(0) - rows)[client]
+    part = ((rank + 1) * parts - 1) // rows[client]
+    return torch.empty_like(order).scatter_(1, order, part.expand_as(order))
 
 
 def choices(plan: Plan, round: int, client: str) -> Tensor:
@@ -63,12 +88,26 @@ def numbered(mask: Tensor, sizes: Sequence[int], width: int | None = None) -> tu
     return found, live.float()
 
 
-def pack(part: Part, mask: Tensor, rate: float, width: int | None = None) -> Tree:
+def scales(rate: float | None, live: Tensor, sizes: Sequence[int]) -> Tensor:
+    """What makes a mean of each step's sum: ``[K, S]``, of ``live [K, S, B]`` and the clients' numbers of examples.
+
+    Args:
+        rate: of the Poisson samples, whose mean is over their expected size; None: over the examples of each.
+    """
+    if rate is None:
+        return 1 / live.sum(-1).clamp(min=1)
+    return torch.tensor([1.0 / (rate * size) for size in sizes]).to(live)[:, None].expand(live.shape[:2])
+
+
+def pack(part: Part, mask: Tensor, rate: float | None, width: int | None = None) -> Tree:
     """Gather each step's examples and pad them to ``width`` (default: the largest step).
+
+    Args:
+        rate: see :func:`scales`.
 
     Shapes:
         mask: ``[S, N]``; returns ``x [S, B, ...]``, ``y [S, B]``, ``live [S, B]``, ``scale [S]``.
     """
     rows, live = (each.to(part.y.device) for each in numbered(mask, [mask.shape[1]], width))
-    scale = torch.full((len(mask),), 1.0 / (rate * len(part.y)), device=part.y.device)
-    return {"x": part.x[rows[0]], "y": part.y[rows[0]], "live": live[0], "scale": scale}
+    scale = scales(rate, live, [len(part.y)])
+    return {"x": part.x[rows[0]], "y": part.y[rows[0]], "live": live[0], "scale": scale[0]}

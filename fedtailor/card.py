@@ -95,8 +95,8 @@ def _recipe(result: Result, plan: Plan) -> list[str]:
     spec = yaml.safe_dump({k: v.model_dump(mode="json", by_alias=True) for k, v in used.items()}, sort_keys=False)
     local, of = plan.local, result.population
     return [
-        f"{result.rounds} of {plan.rounds} rounds{_asked(plan, of)} took {local.steps} steps, each on a random "
-        f"{100 * local.rate:g} % of its training rows{_dealt(of)}, at learning rate {local.lr:g}{_by(local)}. Seed {result.seed}, engine "
+        f"{result.rounds} of {plan.rounds} rounds{_asked(plan, of)} took {local.steps} steps, each on {_share(local)} "
+        f"of its training rows{_dealt(of)}, at learning rate {local.lr:g}{_by(local)}. Seed {result.seed}, engine "
         f"`{result.engine}`, {_transport(result)}.",
         "",
         "```yaml",
@@ -105,6 +105,13 @@ def _recipe(result: Result, plan: Plan) -> list[str]:
         "",
         f"The whole plan is in `config.yaml`; its SHA-256 is `{plan.digest()}`.",
     ]
+
+
+def _share(local: LocalTraining) -> str:
+    """Of its rows, what a step saw."""
+    if local.sampling == "shuffled":
+        return f"one of {local.epoch} equal parts, in an order drawn anew for every pass over them,"
+    return f"a random {100 * local.rate:g} %"
 
 
 def _asked(plan: Plan, of: dict[str, Any] | None) -> str:

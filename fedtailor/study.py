@@ -24,6 +24,7 @@ Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]  # safe as 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 Rate = Annotated[float, Field(gt=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Deviation = Annotated[float, Field(ge=1e-9, le=1e6)]
 
 
 class Frozen(BaseModel):
@@ -97,21 +98,31 @@ OptimizerPlan = Annotated[
 
 
 class LocalTraining(Frozen):
-    """What a site does in one round: a public number of steps, each on a Poisson sample of a public rate."""
+    """What a site does in one round: a public number of steps, each on a public share of its rows."""
 
     steps: Annotated[int, Field(ge=1, le=1_000_000)]
     rate: Rate
+    sampling: Literal["poisson", "shuffled"] = "poisson"  # each row by chance; or all in turn, in an order drawn anew
     lr: PositiveFloat
     within_s: PositiveFloat | None = None  # a site that is slower takes fewer steps, one at least; None: all of them
     optimizer: OptimizerPlan = Sgd()  # a name, or a mapping with its settings; it begins anew in every round
 
     @model_serializer(mode="wrap")
-    def _plain_goes_without_saying(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A plan of plain SGD has the text, and so the digest, that it had before there was a choice."""
+    def _usual_goes_without_saying(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What every plan once did is not in its text, so that such a plan has the digest that it had."""
         found: dict[str, Any] = dump(self)
-        if self.optimizer == Sgd():
-            found.pop("optimizer", None)
-        return found
+        usual = {"optimizer": self.optimizer == Sgd(), "sampling": self.sampling == "poisson"}
+        return {name: value for name, value in found.items() if not usual.get(name, False)}
+
+    @property
+    def epoch(self) -> int:
+        """The steps that see every row once, where rows are shuffled."""
+        return round(1 / self.rate)
+
+    @property
+    def poisson_rate(self) -> float | None:
+        """The rate by which a step's sum is divided, with the number of rows; None: by the number that the step sees."""
+        return self.rate if self.sampling == "poisson" else None
 
 
 class Buffer(Frozen):
@@ -149,9 +160,7 @@ class AdaptiveClip(Frozen):
 
     quantile: Annotated[float, Field(gt=0, lt=1)] = 0.5  # the share of sites that are not to be clipped
     lr: PositiveFloat = 0.2  # how far the logarithm of the clip moves where the share is off by one
-    count_noise: Annotated[float, Field(ge=1e-9, le=1e6)] | None = (
-        None  # deviation of the noise on the number of unclipped sites; None: chosen
-    )
+    count_noise: Deviation | None = None  # of the noise on the number of unclipped sites; None: chosen
 
 
 class CorrelatedNoise(Frozen):
@@ -177,9 +186,7 @@ class SitePrivacy(Frozen):
     epsilon: PositiveFloat
     delta: Annotated[float, Field(gt=0, lt=0.1)]
     clip: Annotated[float, Field(gt=0, le=1e6)]  # of one site's summand, in L2 norm; where it is adaptive, the first
-    noise_multiplier: Annotated[float, Field(ge=1e-9, le=1e6)] | None = (
-        None  # None: calibrated from epsilon, delta and rounds
-    )
+    noise_multiplier: Deviation | None = None  # None: calibrated from epsilon, delta and rounds
     adaptive: AdaptiveClip | None = None
     correlated: CorrelatedNoise | None = None
 
@@ -241,6 +248,8 @@ class Plan(Frozen):
                 f"quorum: {self.quorum} is more than the {fewest} sites whose turn it is in some round "
                 f"(privacy.correlated.separation: {self.turns()})"
             )
+        if self.record is not None and self.local.sampling != "poisson":
+            raise ValueError("local.sampling: shuffled, but privacy.unit=record counts on Poisson samples; use poisson")
         if self.buffer is not None and not self.quorum <= self.buffer.answers <= len(self.sites):
             asked = f"buffer.answers: {self.buffer.answers} is not from the quorum, {self.quorum}, to all"
             raise ValueError(f"{asked} {len(self.sites)} sites")

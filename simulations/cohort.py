@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedtailor import seeds
-from fedtailor.batches import chosen, numbered, sampled
+from fedtailor.batches import chosen, numbered, sampled, scales
 from fedtailor.errors import ConfigError, ContractError, RefusedError
 from fedtailor.recipe import Dataset, Part, Recipe, Table
 from fedtailor.simulations.feed import Feed
@@ -91,11 +91,10 @@ def fed(plan: Plan, names: Sequence[str], sizes: Sequence[int], round: int, tabl
     if table is not None:
         first = torch.tensor([0, *sizes[:-1]]).cumsum(0)
         rows = table[rows + first[:, None, None]]
-    scale = torch.tensor([1.0 / (plan.local.rate * size) for size in sizes])
     batches = {
         "rows": rows,
         "live": live,
-        "scale": scale[:, None].expand(-1, plan.local.steps),
+        "scale": scales(plan.local.poisson_rate, live, sizes),
         "seed": chosen(plan, round, names),
     }
     if plan.record is not None and plan.record.noise_multiplier is not None:

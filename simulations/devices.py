@@ -144,7 +144,7 @@ def _paces(
         return torch.tensor([_speed(plan, of, k) for k in asked], dtype=torch.double), torch.zeros(len(asked))
     mine = np.asarray(asked, np.int64) % len(can.pace)
     pace = can.pace[mine]
-    if can.by_examples:  # a step's examples are a Poisson sample: so many on average
+    if can.by_examples:  # so many are a step's on average
         pace = pace / 1000 * plan.local.rate * np.asarray(rows, np.float64)
     lines = np.zeros(len(mine))
     for bytes, kbps in ((fleet.down, can.down_kbps), (fleet.up, can.up_kbps)):

@@ -28,6 +28,7 @@ def loaded(flat):
 
 
 OTHERS = [
+    "fedavg local.sampling=shuffled local.rate=0.25 local.steps=6",
     "fedavg local.optimizer={name: adamw, eps: 0.1}",
     "ditto local.optimizer={name: sgd, momentum: 0.9, weight_decay: 0.01}",
 ]
@@ -35,7 +36,7 @@ OTHERS = [
 
 @pytest.mark.parametrize("strategy", ["fedper", "fedbn", "ditto", "scaffold", *OTHERS])
 def test_visits_come_to_what_is_simulated(strategy):
-    plan, simulation = load([*HEART, *f"strategy={strategy}".split(maxsplit=1)])
+    plan, simulation = load([*HEART, *f"strategy={strategy}".split(maxsplit=strategy.count("local."))])
     sources = build(simulation.data, dict)
     recipe, rule = build(plan.recipe, Recipe), build(plan.strategy, Strategy)
     data = prepared(plan, recipe, sources)

@@ -25,14 +25,17 @@ def data_of(plan, sources):
     return {site: recipe.prepare(sources[site].table()) for site in plan.sites}
 
 
-def test_every_site_sees_the_rows_that_it_would_draw_in_a_deployment(plan, sources):
-    made = plan(local={"steps": 5, "rate": 0.1, "lr": 0.3})
+@pytest.mark.parametrize("sampling", ["poisson", "shuffled"])
+def test_every_site_sees_the_rows_that_it_would_draw_in_a_deployment(plan, sources, sampling):
+    made = plan(local={"steps": 5, "rate": 0.1, "lr": 0.3, "sampling": sampling})
     data = data_of(made, sources)
     batches = cohort.batches_of(made, data, 4)
     found = cohort.feed_from(made, cohort.rows_of(data), LIKE).all(batches)
     for k, site in enumerate(made.sites):
         part = data[site].train
-        expected = pack(part, draw(made.local, len(part.y), made.seed, 4, site), 0.1, found["live"].shape[-1])
+        expected = pack(
+            part, draw(made.local, len(part.y), made.seed, 4, site), made.local.poisson_rate, found["live"].shape[-1]
+        )
         for name, x in expected.items():
             assert torch.equal(found[name][k], x), (site, name)
     some = cohort.batches_of(made.model_copy(update={"sites": made.sites[1:]}), data, 4)  # whose turn it is
