@@ -1,9 +1,10 @@
 """One side of benchmarks/simulation.py: stock Flower's simulation on Ray, run by an interpreter that has it.
 
-    python ray_peer.py MODEL ROUNDS        prints the seconds of each round by the clock as JSON, two of warm-up apart
+    python ray_peer.py MODEL ROUNDS CORES      prints the seconds of each round by the clock as JSON, two of warm-up apart
 
-The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1. Each
-actor has one core; all actors of the machine work at once. MODEL nothing: clients that send back what they were sent.
+The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1. A client
+takes so many CORES; Flower's own choice, where it is told nothing, is two. As many clients are trained at once as there are
+cores for. MODEL nothing: clients that send back what they were sent.
 """
 
 import os
@@ -26,7 +27,7 @@ sys.path.insert(0, os.path.dirname(__file__))
 from peer_rounds import COLD, say  # noqa: E402
 
 CLIENTS, POINTS, BATCH, RATE = 50, 50, 10, 0.1
-NAME, ROUNDS = sys.argv[1], int(sys.argv[2])
+NAME, ROUNDS, CORES = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 MARKS: list[float] = []
 
 
@@ -43,7 +44,7 @@ client = ClientApp()
 @client.train()
 def train(message: Message, context: Context) -> Message:
     """Five steps of SGD on data of this client's own."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(CORES)
     state = message.content["arrays"].to_torch_state_dict()
     if NAME != "nothing":
         rng = torch.Generator().manual_seed(int(context.node_config["partition-id"]))
@@ -82,6 +83,6 @@ def main(grid: Grid, context: Context) -> None:
 
 
 if __name__ == "__main__":
-    resources = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"include_dashboard": False}}
+    resources = {"client_resources": {"num_cpus": CORES, "num_gpus": 0.0}, "init_args": {"include_dashboard": False}}
     run_simulation(server, client, CLIENTS, backend_config=resources)
     say(MARKS)

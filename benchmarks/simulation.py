@@ -40,6 +40,7 @@ from fedtailor.simulations.hardware import keep_pages
 
 Sets = dict[str, dict[str, Figures]]
 HERE = ("fedtailor", "torch", "numpy", "opacus")  # whose versions are told
+STOCK = 2  # cores that Flower gives a simulated client where it is told nothing
 SLOW = 3  # turns, at most, of what takes seconds a round
 
 
@@ -84,8 +85,9 @@ def _others(model: str, peers: Peers, cores: int, rounds: int = 4) -> dict[str, 
         for workers in ("none", "threads", "processes"):
             sides[f"BlazeFL, workers: {workers}"] = Side(partial(blazefl, peers.blazefl, model, rounds, workers))
     if peers.ray is not None:
-        sides["Flower on Ray"] = Side(partial(flower, peers.ray, model, rounds))
-        sides["Flower on Ray, clients that do nothing"] = Side(partial(flower, peers.ray, "nothing", rounds))
+        for name, each in (("as it comes", STOCK), ("a core a client", 1)):
+            sides[f"Flower on Ray, {name}"] = Side(partial(flower, peers.ray, model, rounds, each))
+        sides["Flower on Ray, clients that do nothing"] = Side(partial(flower, peers.ray, "nothing", rounds, STOCK))
     return sides
 
 

@@ -46,9 +46,9 @@ def pfl(python: Path, model: str, rounds: int, threads: int = 1, processes: int 
     return _said(command, {"OMP_NUM_THREADS": str(threads)})
 
 
-def flower(python: Path, model: str, rounds: int) -> Rounds:
-    """Seconds of some rounds by Flower's simulation on Ray, by the clock."""
-    return _said([python, Path(__file__).with_name("ray_peer.py"), model, str(rounds)])
+def flower(python: Path, model: str, rounds: int, cores: int) -> Rounds:
+    """Seconds of some rounds by Flower's simulation on Ray, by the clock; ``cores`` are one client's."""
+    return _said([python, Path(__file__).with_name("ray_peer.py"), model, str(rounds), str(cores)])
 
 
 def blazefl(python: Path, model: str, rounds: int, workers: str) -> Rounds:

@@ -150,7 +150,8 @@ class Descent:
         out = weight if name in self.own else None
         if out is None and self.rooms is not None:
             out = room(self.rooms, name, (clients, *weight.shape[1:]), weight)
-        self.params[name] = torch.baddbmm(weight.expand(clients, -1, -1), deltas.mT, rows, alpha=-1, out=out)
+        first = weight if len(weight) == clients else weight.expand(clients, -1, -1)
+        self.params[name] = torch.baddbmm(first, deltas.mT, rows, alpha=-1, out=out)
         self.own.add(name)
 
     def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms, x: Tensor) -> None:

@@ -93,10 +93,11 @@ def linear_bias(layer: nn.Linear, delta: Tensor, clients: int) -> Params:
 
 
 def _linear_squares(layer: nn.Linear, x: Tensor, delta: Tensor) -> Tensor | None:
-    rows, deltas, bias = positions(x, len(x)), positions(delta, len(x)), 0.0 if layer.bias is None else 1.0
+    bias = 0.0 if layer.bias is None else 1.0
+    if x.numel() == len(x) * x.shape[-1]:  # one position each
+        return squared(x.flatten(0, -2)).add_(bias).mul_(squared(delta.flatten(0, -2)))
+    rows, deltas = positions(x, len(x)), positions(delta, len(x))
     number = rows.shape[1]
-    if number == 1:
-        return (squared(rows[:, 0]) + bias) * squared(deltas[:, 0])
     if 2 * number**2 >= layer.in_features * layer.out_features:
         return None
     return ((torch.bmm(rows, rows.mT) + bias) * torch.bmm(deltas, deltas.mT)).sum((1, 2)).clamp_(min=0)

@@ -38,7 +38,7 @@ def seeded(like: Tree, std: float) -> Noise:
     def noise(numbers: Tensor, steps: int) -> Iterator[Tensor]:
         at_once = steps if total * steps <= AT_ONCE else 1
         blocks = -(-at_once * total // EACH)
-        table = _quantiles(std) if exact else _quantiles(std).astype(np.float32)
+        table = _quantiles(std, exact)
         cipher = Cipher(algorithms.AES(KEY), modes.ECB()).encryptor()  # noqa: S305  # no block comes twice
         if (size := (len(numbers), blocks)) not in rooms:
             rooms.clear()  # of a block of another size
@@ -58,9 +58,9 @@ def seeded(like: Tree, std: float) -> Noise:
 
 
 @lru_cache(maxsize=4)
-def _quantiles(std: float) -> NDArray[np.float64]:
+def _quantiles(std: float, exact: bool) -> NDArray[Any]:
     from scipy.special import ndtri
 
     values: NDArray[np.float64] = ndtri((np.arange(VALUES) + 0.5) / VALUES)
     values *= std / values.std()
-    return values
+    return values if exact else values.astype(np.float32)
