@@ -22,7 +22,7 @@ from pydantic import (
 
 Name = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]  # safe as a file name and in a log
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
-Rate = Annotated[float, Field(gt=0, le=1)]
+Rate = Annotated[float, Field(ge=1e-9, le=1)]  # of less, the steps of a pass could not be counted
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Deviation = Annotated[float, Field(ge=1e-9, le=1e6)]
 

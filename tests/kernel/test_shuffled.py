@@ -61,7 +61,7 @@ def test_a_mean_is_over_the_examples_there_are():
 
 
 def test_a_record_is_hidden_by_poisson_samples_only():
-    with pytest.raises(ConfigError, match=r"local\.sampling: shuffled, but privacy\.unit=record .* use poisson"):
+    with pytest.raises(ConfigError, match=r"^plan: local\.sampling: shuffled, but privacy\.unit=record .* poisson$"):
         load(["study=heart", "local.sampling=shuffled"])
     for privacy in ("none", "site"):
         assert load(["study=heart", "local.sampling=shuffled", f"privacy={privacy}"]).plan.local.sampling == "shuffled"
@@ -71,3 +71,9 @@ def test_a_plan_of_poisson_samples_has_the_text_that_it_had():
     assert "sampling" not in load(["study=heart"]).plan.canonical()
     asked = load(["study=heart", "privacy=none", "local.sampling=shuffled"]).plan
     assert '"sampling":"shuffled"' in asked.canonical() and Plan.parse(asked.canonical()) == asked
+
+
+@pytest.mark.parametrize("rate", ["1e-320", "1e-10", "0"])
+def test_a_pass_that_nobody_could_count_is_refused(rate):
+    with pytest.raises(ConfigError, match=r"local\.rate: Input should be greater than or equal to 0\.000000001 "):
+        load(["study=heart", "privacy=none", "local.sampling=shuffled", f"local.rate={rate}"])
