@@ -20,12 +20,12 @@ from fedtailor.config import Steps
 from fedtailor.recipe import Dataset, Part, Recipe
 from fedtailor.simulations.clients import Fed, sites
 from fedtailor.simulations.compiled import replay_of
-from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.engine import simulate_round
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.noise import seeded
 from fedtailor.simulations.paths import Round, Task, choose
 from fedtailor.simulations.setting import turn
+from fedtailor.simulations.spanned import SMALL
 from fedtailor.simulations.traffic import counting
 from fedtailor.study import LocalTraining, Plan, RecordPrivacy, Spec
 from fedtailor.tree import Params

@@ -19,7 +19,8 @@ from fedtailor.simulations.feed import DRAWN, NOTHING, Batch, Feed, Rooms, parti
 from fedtailor.simulations.folded import folded
 from fedtailor.simulations.gradients import Part
 from fedtailor.simulations.graphs import Replay, plainly
-from fedtailor.simulations.layers import beside
+from fedtailor.simulations.layers import LINEAR, beside
+from fedtailor.simulations.spanned import first_of
 from fedtailor.simulations.stands import Tape
 from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS, parted
@@ -60,6 +61,8 @@ def block_train(
     whole = corrects or not optimizer.plain  # whether somebody asks for gradients
     change = strategy.report if isinstance(strategy.report, WeightedChange) else None
     weighted = change if together and strategy.reduce.is_sum else None
+    first = first_of(recipe.model()) if weighted is not None and not whole and clip is None else None
+    opening = next((layer for layer in model.layers if layer.name == first and layer.kind is LINEAR), None)
 
     def trained(sets: dict[str, Descent], batch: Batch) -> list[list[Part]]:
         at = recipe, model, [each.params for each in sets.values()], batch
@@ -84,13 +87,13 @@ def block_train(
         start = begin(known) if starts else shared
         thin = weighted is not None and not whole and not noisy  # noise has no low rank
         kept = None if weighted is None else rooms
-        examples = partial(feed.examples, batches, rooms) if clip is None else None  # clipped, some may count as zeros
-        how: tuple[Any, ...] = not starts, thin, kept, examples, optimizer
+        how: tuple[Any, ...] = not starts, thin, kept, optimizer
         sets = {name: Descent(params, steps, *how) for name, params in _sets(start).items()}
         corrected = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         rate, apart = lr * live, parting(feed.shapes(batches))
         if not whole:
-            for batch in feed.steps(batches, rooms, noisy, rate):
+            instead = sets[""].span(opening, feed, batches, looks) if opening is not None and "" in sets else None
+            for batch in feed.steps(batches, rooms, noisy, rate, instead):
                 for each, own in zip(sets.values(), trained(sets, batch), strict=True):
                     each.step(own, clients, batch.x)
                 if batch.noise is not None:

@@ -9,12 +9,13 @@ from torch import Tensor
 
 from fedtailor.errors import ConfigError
 from fedtailor.optimizers import SGD, Kept, Optimizer, descended
-from fedtailor.simulations.feed import Rooms, room
+from fedtailor.simulations.feed import Feed, Rooms, room
 from fedtailor.simulations.gradients import Part, Uses
 from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
-from fedtailor.simulations.products import product, with_earlier
-
-SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
+from fedtailor.simulations.products import product
+from fedtailor.simulations.spanned import Spanned, fewer, large, spanned, worthwhile
+from fedtailor.simulations.stands import Layer
+from fedtailor.tree import Tree
 
 
 @dataclass
@@ -24,28 +25,17 @@ class Seen:
     start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D], filled from the front
     deltas: Tensor  # [K, N, P]
-    products: Tensor | None = None  # of inputs with earlier ones: they are the examples, and so were known at once
     filled: int = 0
 
-    def add(self, name: str, uses: Uses, clients: int, examples: Tensor) -> Thin:
-        """The weights after one more step, of a batch of ``examples``.
-
-        Raises:
-            ConfigError: if the inputs of all steps were taken to be the examples, and are not.
-        """
+    def add(self, uses: Uses, clients: int) -> Thin:
+        """The weights after one more step."""
         for given, delta in uses:
             deltas = delta.reshape(clients, -1, delta.shape[-1])
             part = slice(self.filled, self.filled + deltas.shape[1])
-            if self.products is None:
-                self.inputs[:, part] = given.reshape(clients, -1, given.shape[-1])
-            elif not same(given, examples):
-                raise ConfigError(
-                    f"recipe: {name} is given the examples in one step and something else in another; simulation.path=vmap"
-                )
+            self.inputs[:, part] = given.reshape(clients, -1, given.shape[-1])
             self.deltas[:, part] = deltas
             self.filled = part.stop
-        known = None if self.products is None else self.products[:, part, : self.filled]  # its rows begin a batch later
-        return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled], known)
+        return Thin(self.start, self.inputs[:, : self.filled], self.deltas[:, : self.filled])
 
 
 def same(x: Tensor, examples: Tensor) -> bool:
@@ -63,7 +53,6 @@ class Descent:
         thin: whether the clients' own weights may never be made, where that is less work.
         rooms: for parameters and what replaces them, where nobody keeps either; None where somebody may.
         optimizer: where it is not plain, gradients come by :meth:`move`.
-        examples: makes all steps' ``[K, S * B, ...]``, a client's one after another; None where others may be learnt from.
     """
 
     params: dict[str, Any]
@@ -71,12 +60,27 @@ class Descent:
     shared: bool = True
     thin: bool = False
     rooms: Rooms | None = None
-    examples: Callable[[], Tensor] | None = None
     optimizer: Optimizer = SGD
     kept: Kept = field(default_factory=Kept)
     seen: dict[str, Seen] = field(default_factory=dict)  # by the weight's name
+    spanned: dict[str, Spanned] = field(default_factory=dict)  # by the weight's name
     begun: bool = False
     own: set[str] = field(default_factory=set)  # parameters of this descent's making, which may be changed in place
+
+    def span(self, layer: Layer, feed: Feed, batches: Tree, looks: bool) -> Tensor | None:
+        """Never make the weights of the layer that alone is given the examples, where others are less work.
+
+        To be called before the first step. Returns what the model is to be given in their place; None: the examples.
+        """
+        name = layer.full("weight")
+        if not self.thin or self.rooms is None or not self.shared:
+            return None
+        start = self.params[name][0]
+        if (places := worthwhile(start, feed, batches, looks)) is None:
+            return None
+        found = spanned(start, feed, batches, places, self.rooms)
+        self.spanned[name], self.params[name] = found, found.now()
+        return found.given
 
     def step(self, parts: list[Part], clients: int, x: Tensor) -> None:
         """One step, on ``x [K * B, ...]``, by gradients that have the learning rate in them: 0 where it is padding."""
@@ -85,10 +89,10 @@ class Descent:
             if part.layer.kind is not LINEAR or part.made is not None:
                 self._descend(part.gradient(clients))
                 continue
-            if self.thin and self.rooms is not None and self.shared and not self.begun:
-                self._begin(name, part.uses, clients, self.rooms, x)
-            if name in self.seen:
-                self.params[name] = self.seen[name].add(name, part.uses, clients, x)
+            if name in self.spanned:
+                self._further(name, part.uses, x)
+            elif self._is_seen(name, part.uses, clients):
+                self.params[name] = self.seen[name].add(part.uses, clients)
             else:
                 for given, delta in part.uses:
                     self._multiply(name, given, delta, clients)
@@ -117,14 +121,16 @@ class Descent:
 
     def explicit(self, clients: int) -> dict[str, Any]:
         """The parameters, leaves ``[K, ...]``."""
-        assert not self.seen, "they were never made"
+        assert not self.seen and not self.spanned, "they were never made"
         return {name: p.expand(clients, *p.shape[1:]) for name, p in self.params.items()}
 
     def total(self, weights: Tensor, start: dict[str, Tensor]) -> dict[str, Tensor]:
         """The clients' changes from ``start``, weighted by ``weights [K]`` and added up: leaves ``[1, ...]``."""
         found = {}
         for name, first in start.items():
-            if name in self.seen:
+            if name in self.spanned:
+                found[name] = self.spanned[name].total(weights)[None]
+            elif name in self.seen:
                 thin: Thin = self.params[name]
                 rows = (thin.deltas * beside(weights, thin.deltas)).flatten(0, 1)
                 found[name] = product(rows.mT, thin.inputs.flatten(0, 1)).neg_()[None]
@@ -154,20 +160,25 @@ class Descent:
         self.params[name] = torch.baddbmm(first, deltas.mT, rows, alpha=-1, out=out)
         self.own.add(name)
 
-    def _begin(self, name: str, uses: Uses, clients: int, rooms: Rooms, x: Tensor) -> None:
-        """Make room for a linear layer's rows of all steps, where that is less work than its clients' weights."""
-        outputs, features = self.params[name].shape[1:]
+    def _is_seen(self, name: str, uses: Uses, clients: int) -> bool:
+        """Whether a linear layer's rows of all steps are kept: where that is less work than its clients' weights."""
+        if name in self.seen or self.begun or not self.thin or self.rooms is None or not self.shared:
+            return name in self.seen
+        start, features = self.params[name][0], self.params[name].shape[2]
         rows = sum(given.numel() // features for given, _ in uses) // clients * self.steps
-        if clients * outputs * features < SMALL or rows * (outputs + features) > 2 * outputs * features:
-            return
-        start = self.params[name][0]
-        deltas = room(rooms, f"{name} deltas", (clients, rows, outputs), start)
-        if self.examples is not None and self.steps > 1 and len(uses) == 1 and same(uses[0][0], x):
-            inputs = self.examples().reshape(clients, rows, features)
-            batch = rows // self.steps
-            products = room(rooms, f"{name} products", (clients, rows - batch, rows - batch), start)
-            with_earlier(inputs, batch, products)
-            self.seen[name] = Seen(start, inputs, deltas, products)
-            return
-        inputs = room(rooms, f"{name} inputs", (clients, rows, features), start)
-        self.seen[name] = Seen(start, inputs, deltas)
+        if large(clients, start) and fewer(rows, start):
+            inputs = room(self.rooms, f"{name} inputs", (clients, rows, features), start)
+            self.seen[name] = Seen(start, inputs, room(self.rooms, f"{name} deltas", (clients, rows, len(start)), start))
+        return name in self.seen
+
+    def _further(self, name: str, uses: Uses, x: Tensor) -> None:
+        """One more step of a layer that is given the examples."""
+        found = self.spanned[name]
+        if len(uses) != 1 or not same(uses[0][0], x):
+            raise ConfigError(
+                f"recipe: {name} is given the examples when the model is looked at, and something else in a step; "
+                "simulation.path=vmap"
+            )
+        found.add(uses[0][1])
+        if found.steps < self.steps:
+            self.params[name] = found.now()

@@ -33,6 +33,14 @@ class Batch(NamedTuple):
     noise: Tensor | None  # [K, N]: of all parameters, one's values after another's
 
 
+class Places(NamedTuple):
+    """Which examples of each client its steps see."""
+
+    many: int  # N, of one client at most
+    rows: Tensor | None = None  # [K, N]: each once; filled up with one of them
+    at: Tensor | None = None  # [S, K * B]: a step's, in these rows of all clients. None: all steps', one after another
+
+
 class Feed(NamedTuple):
     """Where batches that name their examples and their noise get them from."""
 
@@ -40,11 +48,19 @@ class Feed(NamedTuple):
     noise: Noise | None = None  # made of ``batches["noise_seed"] [K]``
     like: Tree = {}  # noqa: RUF012  # has the shapes that such noise comes apart into
 
-    def steps(self, batches: Tree, rooms: Rooms, noisy: bool = True, rate: Tensor | None = None) -> Iterator[Batch]:
+    def steps(
+        self,
+        batches: Tree,
+        rooms: Rooms,
+        noisy: bool = True,
+        rate: Tensor | None = None,
+        instead: Tensor | None = None,
+    ) -> Iterator[Batch]:
         """Each step's batch; its examples and its noise are overwritten by the next one's.
 
         Args:
             rate: ``[K, S]``, which weights and scale are multiplied by: gradients are then steps.
+            instead: given in the place of every step's examples, which are then not looked up.
         """
         live, scales = batches["live"], batches["scale"] if rate is None else batches["scale"] * rate
         count = live.shape[1]
@@ -52,22 +68,35 @@ class Feed(NamedTuple):
         scale, noise = scales.transpose(0, 1).unbind(), self._noise(batches, count) if noisy else iter([None] * count)
         if self.data is None or "rows" not in batches:
             for step in range(count):
-                x, y = batches["x"][:, step].flatten(0, 1), batches["y"][:, step].flatten(0, 1)
-                yield Batch(x, y, weights[step], scale[step], next(noise))
+                x = batches["x"][:, step].flatten(0, 1) if instead is None else instead
+                yield Batch(x, batches["y"][:, step].flatten(0, 1), weights[step], scale[step], next(noise))
             return
         data, rows = self.data, batches["rows"].transpose(0, 1).reshape(count, -1)
         labels = data.y[rows]
-        x = room(rooms, "x", (rows.shape[1], *data.x.shape[1:]), data.x)
+        x = room(rooms, "x", (rows.shape[1], *data.x.shape[1:]), data.x) if instead is None else instead
         for step in range(count):
-            torch.index_select(data.x, 0, rows[step], out=x)  # data.x[rows] takes many times longer
+            if instead is None:
+                torch.index_select(data.x, 0, rows[step], out=x)  # data.x[rows] takes many times longer
             yield Batch(x, labels[step], weights[step], scale[step], next(noise))
 
-    def examples(self, batches: Tree, rooms: Rooms) -> Tensor:
-        """All steps' examples ``[K, S * B, ...]``, a client's one after another; overwritten by the next block's."""
+    def form(self, batches: Tree) -> tuple[torch.Size, torch.dtype]:
+        """An example's."""
+        x: Tensor = batches["x"][0, 0] if self.data is None or "rows" not in batches else self.data.x
+        return x.shape[1:], x.dtype
+
+    def places(self, batches: Tree, looks: bool = True) -> Places:
+        """Which examples each client's steps see: each once, where that is a batch less, at least, and one ``looks``."""
+        _, steps, batch = batches["live"].shape
+        if looks and self.data is not None and "rows" in batches and (found := distinct(batches["rows"])).many <= (steps - 1) * batch:
+            return found
+        return Places(steps * batch)
+
+    def examples(self, batches: Tree, places: Places, rooms: Rooms) -> Tensor:
+        """Those of ``places``, ``[K, N, ...]``; overwritten by the next block's."""
         if self.data is None or "rows" not in batches:
             x: Tensor = batches["x"]
             return x.flatten(1, 2)
-        rows: Tensor = batches["rows"].flatten(1)
+        rows = batches["rows"].flatten(1) if places.rows is None else places.rows
         found = room(rooms, "examples", (rows.numel(), *self.data.x.shape[1:]), self.data.x)
         torch.index_select(self.data.x, 0, rows.flatten(), out=found)
         return found.view(*rows.shape, *found.shape[1:])
@@ -111,6 +140,17 @@ class Feed(NamedTuple):
     def _seeded(self, batches: Tree) -> Iterator[Tensor]:
         assert self.noise is not None
         return self.noise(batches["noise_seed"], batches["live"].shape[1])
+
+
+def distinct(rows: Tensor) -> Places:
+    """Of ``rows [K, S, B]`` each client's own, each once, ascending."""
+    clients, steps, batch = rows.shape
+    ordered, order = rows.flatten(1).sort(1)
+    rank = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
+    many = int(rank[:, -1].max()) + 1
+    each = ordered[:, :1].repeat(1, many).scatter_(1, rank, ordered)
+    at = torch.empty_like(order).scatter_(1, order, rank) + torch.arange(clients, device=rows.device)[:, None] * many
+    return Places(many, each, at.view(clients, steps, batch).transpose(0, 1).reshape(steps, -1))
 
 
 def parting(like: Tree) -> Callable[[Tensor], Tree]:

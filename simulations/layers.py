@@ -53,7 +53,14 @@ class Thin(NamedTuple):
     start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D]
     deltas: Tensor  # [K, N, P]
-    products: Tensor | None = None  # [K, B, N]: of the next rows with ``inputs``, where they are known already
+
+
+class Known(NamedTuple):
+    """Such weights, by what they make of the next rows: ``made - products @ deltas``."""
+
+    made: Tensor  # [K, B, P]: by what all clients began with
+    products: Tensor | None = None  # [K, B, N]: of these rows with those of the steps so far; None before the first step
+    deltas: Tensor | None = None  # [K, N, P]
 
 
 def positions(x: Tensor, clients: int) -> Tensor:
@@ -63,11 +70,8 @@ def positions(x: Tensor, clients: int) -> Tensor:
 
 def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple[Tensor, Tensor]:
     weight, bias = weights["weight"], weights.get("bias")
-    if isinstance(weight, Thin):
-        rows = positions(x, clients)
-        products = inner(rows, weight.inputs) if weight.products is None else weight.products
-        moved = torch.bmm(products, weight.deltas).view(*x.shape[:-1], -1)
-        z = product(x.flatten(0, -2), weight.start.mT).view(moved.shape) - moved
+    if isinstance(weight, Thin | Known):
+        z = (_by_rows(weight, x, clients) if isinstance(weight, Thin) else _by_products(weight)).view(*x.shape[:-1], -1)
         return z if bias is None else (z.view(len(bias), -1, z.shape[-1]) + bias[:, None]).view(z.shape), x.detach()
     if len(weight) == 1:
         if bias is None or len(bias) == 1:
@@ -80,6 +84,18 @@ def _linear(layer: nn.Linear, weights: Params, x: Tensor, clients: int) -> tuple
         return (z if bias is None else z.add_(bias[:, None])).view(*x.shape[:-1], -1), x.detach()
     z = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias[:, None], rows, weight.mT)
     return z.view(*x.shape[:-1], -1), x.detach()
+
+
+def _by_rows(weight: Thin, x: Tensor, clients: int) -> Tensor:
+    moved = torch.bmm(inner(positions(x, clients), weight.inputs), weight.deltas)
+    return product(x.flatten(0, -2), weight.start.mT).view(moved.shape) - moved
+
+
+def _by_products(weight: Known) -> Tensor:
+    if weight.products is None:
+        return weight.made.clone()
+    assert weight.deltas is not None
+    return torch.baddbmm(weight.made, weight.products, weight.deltas, alpha=-1)
 
 
 def _linear_gradient(layer: nn.Linear, x: Tensor, delta: Tensor, clients: int) -> Params:

@@ -20,6 +20,7 @@ from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.hardware import drawn
 from fedtailor.simulations.precision import half_losses
+from fedtailor.simulations.spanned import fewer, first_of, size, worthwhile
 from fedtailor.simulations.stands import Mixing, NotBatchable
 from fedtailor.strategies import fedavg
 from fedtailor.strategy import Strategy, WeightedChange
@@ -27,6 +28,7 @@ from fedtailor.training import clipped, local_train, plain
 from fedtailor.tree import Params, Tree
 
 CACHE = 3 << 21  # bytes of clients' own weights at once: more leave a processor's caches between a step and the next
+ROOM = 1 << 28  # bytes of clients' examples and their products at once
 
 
 class Task(NamedTuple):
@@ -179,13 +181,17 @@ def sensible(task: Task, first: Round) -> int:
     noisy = "noise" in first.batches or "noise_seed" in first.batches
     weighted = isinstance(task.strategy.report, WeightedChange) and task.strategy.reduce.is_sum
     whole = task.strategy.correct is not Strategy._field_defaults["correct"] or not task.optimizer.plain
-    rows = first.batches["live"][0].numel()
     starts = task.strategy.start is not Strategy._field_defaults["start"]
     thin = task.together and weighted and not whole and not starts and not noisy
     params: Params = first.cast["params"]
-    own = [p for p in params.values() if not (thin and p.dim() == 2 and rows * sum(p.shape) <= 2 * p.numel())]
-    size, clients = sum(p.numel() * p.element_size() for p in own), len(first.live)
-    most = max(1, CACHE // max(size, 1))
+    all_steps, clients = first.batches["live"][0].numel(), len(first.live)
+    own = {name: p for name, p in params.items() if not (thin and p.dim() == 2 and fewer(all_steps, p))}
+    most, name = clients, f"{first_of(task.recipe.model())}.weight" if thin and task.clip is None else ""
+    if name in params and (places := worthwhile(params[name], task.feed, first.batches, looks=True)) is not None:
+        own.pop(name, None)
+        most = ROOM // size(params[name], places)
+    each = sum(p.numel() * p.element_size() for p in own.values())
+    most = max(1, min(most, CACHE // max(each, 1)))
     if most >= clients or any(p.device.type != "cpu" for p in params.values()):
         return task.block
     return min(task.block, math.ceil(clients / math.ceil(clients / most)))  # blocks of about one size

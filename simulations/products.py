@@ -55,6 +55,14 @@ def with_earlier(x: Tensor, batch: int, out: Tensor) -> None:
         torch.bmm(rows, others, out=out)
 
 
+def with_each_other(x: Tensor, out: Tensor) -> None:
+    """The inner products of the rows of ``x [K, N, D]``."""
+    if _alone(x):
+        _aside(x, x.mT, out, x.shape[1])
+    else:
+        torch.bmm(x, x.mT, out=out)
+
+
 def shiftable(x: Tensor) -> bool:
     """Whether :func:`shifted` is there for images ``[N, C, ...]``, and quicker than a product of patches."""
     return x.shape[1] >= CHANNELS and _here(x)

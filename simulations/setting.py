@@ -22,7 +22,7 @@ from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, with_rows
 from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.crew import Duty
-from fedtailor.simulations.descent import SMALL
+from fedtailor.simulations.spanned import SMALL
 from fedtailor.simulations.devices import fleet
 from fedtailor.simulations.hardware import across, device_of, given, home_of, home_of_rows, packed, placed, recipe_on
 from fedtailor.simulations.natural import counted, read_with

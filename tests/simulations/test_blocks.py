@@ -13,9 +13,9 @@ from fedtailor.client.safe_optimizer import quiet_hooks
 from fedtailor.recipe import Part, Recipe
 from fedtailor.simulations import convolutions
 from fedtailor.simulations.blocks import block_train
-from fedtailor.simulations.descent import SMALL
 from fedtailor.simulations.feed import Feed
 from fedtailor.simulations.folded import folded
+from fedtailor.simulations.spanned import SMALL
 from fedtailor.simulations.stands import NotBatchable
 from fedtailor.strategy import Strategy, WeightedChange
 

@@ -2,12 +2,10 @@
 
 import pytest
 import torch
-from folk import made, world
 from threadpoolctl import ThreadpoolController
 from torch import nn
 
 from fedtailor import strategies, tree
-from fedtailor.errors import ConfigError
 from fedtailor.recipe import Recipe
 from fedtailor.simulations import convolutions, products
 from fedtailor.simulations.blocks import block_train
@@ -131,29 +129,7 @@ def test_a_block_with_long_rows_learns_what_one_client_after_another_does(
         total, mine = expected.sum(0), tree.flatten(found)[name].sum(0)
         torch.testing.assert_close(mine, total, rtol=1e-10, atol=1e-12)
     thin = hidden == 40 and together
-    first = [(clients, (steps - 1) * batch, length)] * (steps > 1)  # rows with earlier ones
-    each = [(1, clients * batch, length)] * (steps - 1)  # by what all began with
-    large = [*first, *each, (1, hidden, clients * steps * batch)]
+    rows, earlier = clients * steps * batch, [(clients, (steps - 1) * batch, length)] * (steps > 1)
+    large = [(1, rows, length), *earlier, (1, hidden, rows)]  # by what all began with, with earlier ones, added up
     small = [(clients, batch, length)] * (steps - 1)  # at first all share weights
     assert made_aside == ([] if threads > 1 else large if thin else small)
-
-
-class Fickle(nn.Module):
-    """Its first layer is given the examples themselves in the first step, and others from then on."""
-
-    def __init__(self):
-        super().__init__()
-        self.wide, self.head, self.steps = nn.Linear(300, 200), nn.Linear(200, 3), 0
-
-    def forward(self, x):
-        self.steps += 1
-        return self.head(torch.tanh(self.wide(x if self.steps == 1 else 2 * x)))
-
-
-def test_a_layer_that_is_given_the_examples_is_given_them_in_every_step():
-    recipe, inputs = made("wide")
-    recipe = recipe._replace(model=lambda: Fickle().double())
-    params, batches, live, counts = world(recipe, inputs, None)
-    many = block_train(recipe, strategies.fedavg(), 0.3, together=True)
-    with pytest.raises(ConfigError, match=r"wide\.weight is given the examples in one step .*simulation\.path=vmap"):
-        many({"params": params}, {}, batches, live, counts)

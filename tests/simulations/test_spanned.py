@@ -1,0 +1,190 @@
+"""A wide layer that is given the examples: trained without weights, each example multiplied once however often it is seen."""
+
+import pytest
+import torch
+from folk import B, K, S, made, reference, world
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedtailor import strategies, tree
+from fedtailor.errors import ConfigError
+from fedtailor.recipe import Part
+from fedtailor.simulations.blocks import block_train
+from fedtailor.simulations.descent import Descent
+from fedtailor.simulations.engine import looped
+from fedtailor.simulations.feed import Feed, Places, distinct
+from fedtailor.simulations.paths import Round, Task, sensible
+from fedtailor.simulations.spanned import first_of, pays, size
+
+FED = strategies.fedavg()
+
+
+@settings(deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
+def test_each_clients_rows_are_listed_once_and_found_again(clients, steps, batch, rows, seed):
+    seen = torch.randint(rows, (clients, steps, batch), generator=torch.Generator().manual_seed(seed)) * 3
+    places = distinct(seen)
+    own = [sorted(set(one.flatten().tolist())) for one in seen]
+    assert places.many == max(map(len, own))
+    for mine, listed in zip(own, places.rows.tolist(), strict=True):
+        assert listed[: len(mine)] == mine and set(listed) == set(mine)
+    assert torch.equal(places.rows.flatten()[places.at], seen.transpose(0, 1).reshape(steps, -1))
+
+
+def seen_again(epochs, rows, seed=0):
+    """Clients of ``rows`` rows, who see them ``epochs`` times in batches of B, and one of whom has fewer: its rest is padding."""
+    rng = torch.Generator().manual_seed(seed)
+    recipe, inputs = made("wide")
+    params, _, _, counts = world(recipe, inputs, None)
+    table = Part(inputs(rng, K * rows), torch.randint(3, (K * rows,), generator=rng))
+    orders = [torch.cat([torch.randperm(rows, generator=rng) for _ in range(epochs)]) + k * rows for k in range(K)]
+    steps = epochs * rows // B
+    batches = {
+        "rows": torch.stack(orders).view(K, steps, B),
+        "live": torch.ones(K, steps, B, dtype=torch.double),
+        "scale": torch.rand(K, steps, generator=rng, dtype=torch.double),
+        "seed": torch.arange(K)[:, None].expand(K, steps),
+    }
+    few = batches["rows"][1] % rows < rows // 2
+    batches["live"][1] *= few
+    batches["rows"][1] *= few  # padding is the first row of all, which is another client's
+    live = torch.ones(K, steps, dtype=torch.double)
+    live[2, steps // 2 :] = 0
+    return recipe, params, Feed(table), batches, live, counts
+
+
+@pytest.fixture
+def places(monkeypatch):
+    """Of every block that was trained so."""
+    found, total = [], Descent.total
+    monkeypatch.setattr(
+        Descent,
+        "total",
+        lambda self, *given: found.extend(one.places for one in self.spanned.values()) or total(self, *given),
+    )
+    return found
+
+
+@pytest.mark.parametrize("epochs,rows", [(1, 8), (3, 8), (5, 12)])
+@pytest.mark.parametrize("strategy", ["fedavg", "fednova"])
+def test_epochs_of_a_block_are_those_of_one_client_after_another(places, epochs, rows, strategy):
+    strategy = getattr(strategies, strategy)()
+    recipe, params, feed, batches, *rest = seen_again(epochs, rows)
+    alone = looped(reference(recipe, strategy, None))({"params": params}, {}, feed.all(batches), *rest)[0]
+    found = block_train(recipe, strategy, 0.3, feed=feed, together=True)({"params": params}, {}, batches, *rest)[0]
+    for name, expected in tree.flatten(alone).items():
+        torch.testing.assert_close(tree.flatten(found)[name][0], expected.sum(0), rtol=1e-10, atol=1e-12)
+    (one,) = places
+    assert (one.many, one.at is None) == (rows, epochs == 1)
+
+
+def test_examples_that_are_given_as_such_are_never_looked_for(places):
+    recipe, params, feed, batches, *rest = seen_again(3, 8)
+    many = block_train(recipe, FED, 0.3, feed=feed, together=True)
+    by_number = many({"params": params}, {}, batches, *rest)[0]["delta"]
+    as_such = many({"params": params}, {}, feed.all(batches), *rest)[0]["delta"]
+    assert [(one.many, one.at is None) for one in places] == [(8, False), (24, True)]
+    for name, delta in by_number.items():
+        torch.testing.assert_close(as_such[name], delta, rtol=1e-10, atol=1e-12)
+
+
+def test_a_block_that_is_written_down_looks_at_no_rows(places):
+    """What a compiler or a CUDA graph repeats must not depend on them."""
+    recipe, params, feed, batches, *rest = seen_again(2, 8)
+    makes = []
+    block_train(recipe, FED, 0.3, feed=feed, together=True, replay=lambda make: makes.append(make) or make(True))
+    for looks in (True, False):
+        makes[0](looks)({"params": params}, {}, batches, *rest)
+    assert [(one.many, one.at is None) for one in places] == [(8, False), (16, True)]
+
+
+class Fork(nn.Module):
+    """What it is given goes two ways."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.wide, self.way = nn.Linear(300, 200), way
+
+    def forward(self, x):
+        return self.way(self, x)
+
+
+def hooked():
+    module = nn.Sequential(nn.Linear(300, 200))
+    module.register_forward_pre_hook(lambda module, given: (2 * given[0],))
+    return module
+
+
+FIRST = {
+    "in a sequence": (nn.Sequential(nn.Linear(300, 200), nn.ReLU()), "0"),
+    "flattened": (nn.Sequential(nn.Flatten(), nn.Sequential(nn.Linear(300, 200))), "1.0"),
+    "flattened by hand": (Fork(lambda own, x: own.wide(torch.flatten(x.reshape(-1, 300), 1))), "wide"),
+    "given more": (Fork(lambda own, x: own.wide(x) + x[:, :200]), None),
+    "given its length": (Fork(lambda own, x: own.wide(x.view(x.shape[0], 300))), None),
+    "used twice": (Fork(lambda own, x: own.wide(own.wide(x)[:, :1].expand(-1, 300))), None),
+    "given something else": (Fork(lambda own, x: own.wide(x + 1)), None),
+    "given another's": (Fork(lambda own, x: own.wide(torch.cat([x], 0))), None),
+    "by a condition": (Fork(lambda own, x: own.wide(x if x.sum() > 0 else -x)), None),
+    "hooked": (hooked(), None),
+    "not linear": (nn.Sequential(nn.LayerNorm(300), nn.Linear(300, 200)), None),
+    "itself": (nn.Linear(300, 200), None),
+}
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_the_first_layer_is_known_by_the_models_code(name):
+    module, first = FIRST[name]
+    assert first_of(module) == first
+
+
+class Fickle(nn.Module):
+    """Its first layer is given the examples themselves once, and others from then on."""
+
+    def __init__(self):
+        super().__init__()
+        self.wide, self.head, self.runs = nn.Linear(300, 200), nn.Linear(200, 3), 0
+
+    def forward(self, x):
+        self.runs += 1
+        return self.head(torch.tanh(self.wide(x if self.runs == 1 else 2 * x)))
+
+
+def test_a_layer_that_is_given_the_examples_is_given_them_in_every_step():
+    recipe, inputs = made("wide")
+    recipe = recipe._replace(model=lambda: Fickle().double())
+    params, batches, live, counts = world(recipe, inputs, None)
+    many = block_train(recipe, FED, 0.3, together=True)
+    with pytest.raises(ConfigError, match=r"wide\.weight is given the examples .*something else in a step.*path=vmap"):
+        many({"params": params}, {}, batches, live, counts)
+
+
+def test_what_stands_for_the_examples_is_no_number(monkeypatch):
+    """A use of them that nobody knew of would show."""
+    seen = []
+    monkeypatch.setattr(nn.Flatten, "forward", lambda self, x: seen.append(x.clone()) or x.flatten(1))
+    recipe, _ = made("wide")
+    flat = recipe._replace(model=lambda: nn.Sequential(nn.Flatten(), *recipe.model()))
+    params, batches, live, counts = world(flat, lambda rng, *n: torch.randn(*n, 3, 100, generator=rng).double(), None)
+    found = block_train(flat, FED, 0.3, together=True)({"params": params}, {}, batches, live, counts)[0]
+    assert len(seen) == S and all(x.isnan().all() for x in seen)
+    assert all(delta.isfinite().all() for delta in found["delta"].values())
+
+
+def test_whether_it_pays():
+    start = torch.zeros(10, 3072)
+    assert not pays(start, Places(50), 5, 10) and pays(start, Places(50), 25, 10)  # one epoch, and five
+    assert pays(torch.zeros(128, 3072), Places(50), 5, 10) and not pays(torch.zeros(128, 3072), Places(700), 70, 10)
+    assert pays(start.to("meta"), Places(19), 5, 10) and not pays(start.to("meta"), Places(50), 25, 10)
+
+
+def test_blocks_are_as_large_as_what_is_kept_in_place_of_weights_allows(monkeypatch):
+    recipe, params, feed, batches, *rest = seen_again(40, 8)
+    task = Task(recipe, FED, 0.3, None, feed, 64, True)
+    first = Round({"params": params}, {}, batches, *rest)
+    assert sensible(task, first) == 64
+    monkeypatch.setattr("fedtailor.simulations.paths.CACHE", 300 * 200 * 8)
+    assert sensible(task, first) == 64  # of all steps' 320 rows they would be weights, of which the cache holds one
+    assert sensible(task._replace(together=False), first) == 1
+    monkeypatch.setattr("fedtailor.simulations.paths.ROOM", 2 * size(params["0.weight"], Places(8)))
+    assert sensible(task, first) == 2
