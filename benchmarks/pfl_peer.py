@@ -1,8 +1,9 @@
 """One side of benchmarks/simulation.py: federated averaging by pfl-research, run by an interpreter that has it.
 
-    python pfl_peer.py MODEL ROUNDS [clock]        prints the seconds of each round as JSON, two of warm-up apart
+    python pfl_peer.py MODEL ROUNDS [BY] [EPOCHS]        prints the seconds of each round as JSON, two of warm-up apart
 
-Seconds are its processor's, or by the clock. Several processes, as `torch.distributed.run` starts them, share the clients.
+Seconds are those of its processor, or BY is clock. Several processes, as `torch.distributed.run` starts them, share the
+clients.
 
 The shape is that of pfl-research's CIFAR-10 benchmark: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1.
 """
@@ -23,7 +24,7 @@ from torch.nn.functional import cross_entropy  # noqa: E402
 CLIENTS, POINTS, BATCH, RATE = 50, 50, 10, 0.1
 
 
-def main(name: str, rounds: int, by: str = "processor") -> None:
+def main(name: str, rounds: int, by: str = "processor", epochs: str = "1") -> None:
     """Run and print."""
     now = time.perf_counter if by == "clock" else time.process_time
     torch.manual_seed(0)
@@ -73,7 +74,9 @@ def main(name: str, rounds: int, by: str = "processor") -> None:
         model=PyTorchModel(
             model=net, local_optimizer_create=torch.optim.SGD, central_optimizer=torch.optim.SGD(net.parameters(), 1.0)
         ),
-        model_train_params=NNTrainHyperParams(local_learning_rate=RATE, local_num_epochs=1, local_batch_size=BATCH),
+        model_train_params=NNTrainHyperParams(
+            local_learning_rate=RATE, local_num_epochs=int(epochs), local_batch_size=BATCH
+        ),
         model_eval_params=NNEvalHyperParams(local_batch_size=BATCH),
         callbacks=[Clock()],
         send_metrics_to_platform=False,

@@ -1,13 +1,17 @@
 """How fast the simulator trains clients, beside a plain PyTorch loop, Opacus and the simulators of others.
 
     python -m benchmarks.simulation [--quick] [--json] [--peers DIR] [--blazefl DIR] [--ray DIR]
-                                    [averaging] [private] [whole] [clock] [clipping]
+                                    [averaging] [epochs] [private] [whole] [clock] [clipping]
 
     averaging   pfl-research's CIFAR-10 shape: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1, plain averaging
+    epochs      the same with five local epochs
     private     record-level DP-SGD with noise: tabular, 50 clients of 40 rows; a small CNN, 20 clients of 40 images
     whole       the former's tabular round with the drawing of its batches: Poisson samples, a quarter of a client's rows
     clock       the first shape by the clock, on all cores, beside the simulators of others, each in several ways
     clipping    what clipping every example's gradient costs: the same run without it, noise apart
+
+The 50 clients are the same in every round, as the peers' are, and each draws the order of its points anew. "Others in every
+round" are four times as many clients, of whom each round has 50 in turn.
 
 Figures are of one round, from data at rest to the next model, without evaluation. Those of ``clock`` are seconds by the
 clock, and want a quiet machine; the others are processor seconds of one thread. All sides take turns, and the first is
@@ -41,6 +45,8 @@ from fedtailor.simulations.hardware import keep_pages
 Sets = dict[str, dict[str, Figures]]
 HERE = ("fedtailor", "torch", "numpy", "opacus")  # whose versions are told
 STOCK = 2  # cores that Flower gives a simulated client where it is told nothing
+EPOCHS = 5
+TIMES, OTHERS = 4, ", others in every round"
 SLOW = 3  # turns, at most, of what takes seconds a round
 
 
@@ -62,9 +68,10 @@ def clock(turns: int, peers: Peers) -> Sets:
     """By the clock, with all cores: seconds of a round."""
     found, cores = {}, os.cpu_count() or 1
     for model in ("linear", "mlp"):
-        run = World(model, 50, 5).ours()
+        same, others = World(model, 50, 5).ours(), World(model, 50, 5, times=TIMES).ours()
         sides = {
-            f"fedtailor, threads: {threads}": here(run, time.perf_counter, threads)
+            f"fedtailor, threads: {threads}{name}": here(run, time.perf_counter, threads)
+            for name, run in (("", same), (OTHERS, others))
             for threads in sorted({cores, 1}, reverse=True)
         }
         sides |= _others(model, peers, cores)
@@ -97,9 +104,24 @@ def averaging(turns: int, peers: Peers) -> Sets:
     for model, rounds, most in (("linear", 5, turns), ("mlp", 5, turns), ("tiny_cnn", 2, turns), ("cnn", 1, SLOW)):
         world = World(model, 50, 5)
         sides = {"fedtailor": here(world.ours()), "PyTorch loop": here(world.loop())}
+        if model in ("linear", "mlp"):
+            sides[f"fedtailor{OTHERS}"] = here(World(model, 50, 5, times=TIMES).ours())
         if peers.pfl is not None:
             sides["pfl-research"] = Side(partial(pfl, peers.pfl, model, rounds))
         found[f"{model}, 50 clients x 5 steps"] = in_turns(sides, min(turns, most))
+    return found
+
+
+def epochs(turns: int, peers: Peers) -> Sets:
+    """The same with several local epochs."""
+    found = {}
+    for model in ("linear", "mlp"):
+        world = World(model, 50, 5, EPOCHS)
+        sides = {"fedtailor": here(world.ours()), "PyTorch loop": here(world.loop())}
+        sides[f"fedtailor{OTHERS}"] = here(World(model, 50, 5, EPOCHS, TIMES).ours())
+        if peers.pfl is not None:
+            sides["pfl-research"] = Side(partial(pfl, peers.pfl, model, 2, epochs=EPOCHS))
+        found[f"{model}, 50 clients x {EPOCHS} epochs of 5 steps"] = in_turns(sides, turns)
     return found
 
 
@@ -142,7 +164,14 @@ def clipping(turns: int, peers: Peers) -> Sets:
     return found
 
 
-PARTS = {"averaging": averaging, "private": private, "whole": whole, "clock": clock, "clipping": clipping}
+PARTS = {
+    "averaging": averaging,
+    "epochs": epochs,
+    "private": private,
+    "whole": whole,
+    "clock": clock,
+    "clipping": clipping,
+}
 
 
 def surroundings(peers: Peers) -> dict[str, dict[str, Any]]:

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
 
 from benchmarks.turns import Rounds
 
+SETTLES = 2.0  # seconds for what a peer's processes leave to do when they end: it would slow the side that is next
 PYTHONS = ("python3.14t", "python3.14", "python3.13", "python3.12")  # that BlazeFL runs on, the best for it first
 
 
@@ -38,11 +40,13 @@ def younger() -> str:
     raise SystemExit(f"--blazefl: it needs one of {', '.join(PYTHONS)} on PATH, to make its environment with")
 
 
-def pfl(python: Path, model: str, rounds: int, threads: int = 1, processes: int = 1, clock: bool = False) -> Rounds:
+def pfl(
+    python: Path, model: str, rounds: int, threads: int = 1, processes: int = 1, clock: bool = False, epochs: int = 1
+) -> Rounds:
     """Seconds of some rounds by pfl-research, of its processor or by the clock."""
     script = Path(__file__).with_name("pfl_peer.py")
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    command = [python, *several, script, model, str(rounds), "clock" if clock else "processor"]
+    command = [python, *several, script, model, str(rounds), "clock" if clock else "processor", str(epochs)]
     return _said(command, {"OMP_NUM_THREADS": str(threads)})
 
 
@@ -60,4 +64,5 @@ def _said(command: list[Path | str], more: dict[str, str] | None = None) -> Roun
     run = subprocess.run(command, capture_output=True, text=True, env=os.environ | (more or {}))
     if run.returncode:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {run.returncode}:\n{run.stderr[-2000:]}")
+    time.sleep(SETTLES)
     return Rounds(**json.loads(run.stdout.splitlines()[-1]))

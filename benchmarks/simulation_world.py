@@ -31,20 +31,30 @@ from fedtailor.study import LocalTraining, Plan, RecordPrivacy, Spec
 from fedtailor.tree import Params
 
 BATCH, LR = 10, 0.1
+ORDERS = 8  # of a client's rows, one after another
 SHAPES = {"tabular": (30,), "lora": (32, 64)}  # of an example; else an image
 
 
 class World:
-    """Clients with data of their own, as a simulation has them."""
+    """Clients with data of their own, as a simulation has them.
 
-    def __init__(self, model: str, clients: int, steps: int) -> None:
+    Args:
+        clients: of a round.
+        steps: of a local epoch.
+        times: how many of these clients there are to a round's place; with more than one, every round has others.
+    """
+
+    def __init__(self, model: str, clients: int, steps: int, epochs: int = 1, times: int = 1) -> None:
         torch.manual_seed(0)
-        self.make, self.clients, self.steps = MODELS[model], clients, steps
-        count = clients * steps * BATCH
+        self.make, self.clients, self.steps = MODELS[model], clients, steps * epochs
+        mine = steps * BATCH
+        count = times * clients * mine
         self.data = Part(torch.randn(count, *SHAPES.get(model, (3, 32, 32))), torch.randint(2, (count,)))
         self.recipe = Recipe(model, None, self._model, _losses, None)  # type: ignore[arg-type]
         self.start = recipes.initial(self.recipe, 0)
-        self.rows = torch.randperm(count).view(clients, steps, BATCH)
+        own = torch.arange(count).view(times, clients, mine)  # as a simulation packs them
+        self.rounds = [_shuffled(own[round % times], epochs).view(clients, -1, BATCH) for round in range(ORDERS)]
+        self.rows = self.rounds[0]
 
     def _model(self) -> nn.Module:
         with torch.random.fork_rng():
@@ -54,16 +64,19 @@ class World:
     def ours(
         self, clip: float | None = None, noise: float | None = None, path: str = "auto", steps: Steps = "plain"
     ) -> Run:
-        """A round by the simulator, of batches that are there already."""
+        """A round by the simulator, of batches that are there already; each round's have an order of their own."""
         batches = {
-            "rows": self.rows,
             "live": torch.ones(self.rows.shape),
             "scale": torch.full((self.clients, self.steps), 1 / BATCH),
         }
         if noise is not None:
             batches["noise_seed"] = torch.randint(2**62, (self.clients,))
         live, counts = torch.ones(self.clients, self.steps), torch.full((self.clients,), float(self.steps * BATCH))
-        return self._simulated(lambda round: Fed(batches, live, counts), clip, noise, path, steps)
+
+        def fed(round: int) -> Fed:
+            return Fed({"rows": self.rounds[round % ORDERS], **batches}, live, counts)
+
+        return self._simulated(fed, clip, noise, path, steps)
 
     def whole(self, clip: float, noise: float) -> Run:
         """A round by the simulator from the plan on: each client's Poisson samples, training, what leaves, next model.
@@ -159,6 +172,11 @@ class World:
                 _add(total, module._module, self.start)
 
         return run
+
+
+def _shuffled(rows: Tensor, times: int) -> Tensor:
+    """Each client's ``rows [K, N]`` so many times, in an order of its own each time: ``[K, times * N]``."""
+    return torch.cat([rows.gather(1, torch.rand(rows.shape).argsort(1)) for _ in range(times)], 1)
 
 
 def _losses(outputs: Tensor, y: Tensor) -> Tensor:

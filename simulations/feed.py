@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -23,6 +24,18 @@ def room(rooms: Rooms, name: str, shape: tuple[int, ...], like: Tensor) -> Tenso
     return rooms[name]
 
 
+def filled(
+    rooms: Rooms, name: str, shape: tuple[int, ...], like: Tensor, rows: Tensor | None, fill: Callable[[Tensor], object]
+) -> Tensor:
+    """A :func:`room` that is filled by nothing but ``rows``: once, as long as these stay the same; None: every time."""
+    out, before = room(rooms, name, shape, like), rooms.pop(f"{name} of", None)
+    if rows is None or before is None or not torch.equal(rows, before):
+        fill(out)
+    if rows is not None:
+        rooms[f"{name} of"] = rows
+    return out
+
+
 class Batch(NamedTuple):
     """One step of a block, its clients folded into the batch axis."""
 
@@ -37,8 +50,8 @@ class Places(NamedTuple):
     """Which examples of each client its steps see."""
 
     many: int  # N, of one client at most
-    rows: Tensor | None = None  # [K, N]: each once; filled up with one of them
-    at: Tensor | None = None  # [S, K * B]: a step's, in these rows of all clients. None: all steps', one after another
+    at: Tensor  # [S, K * B]: a step's, by their numbers in the clients' rows, one client's after another's
+    rows: Tensor | None = None  # [K, N]: each once, filled up with one of them; None: all steps' examples, in order
 
 
 class Feed(NamedTuple):
@@ -85,20 +98,22 @@ class Feed(NamedTuple):
         return x.shape[1:], x.dtype
 
     def places(self, batches: Tree, looks: bool = True) -> Places:
-        """Which examples each client's steps see: each once, where that is a batch less, at least, and one ``looks``."""
-        _, steps, batch = batches["live"].shape
-        if looks and self.data is not None and "rows" in batches and (found := distinct(batches["rows"])).many <= (steps - 1) * batch:
-            return found
-        return Places(steps * batch)
+        """Which examples each client's steps see: each once, if they come by number and one ``looks``."""
+        if looks and self.data is not None and "rows" in batches:
+            return distinct(batches["rows"])
+        clients, steps, batch = batches["live"].shape
+        at = torch.arange(clients * steps * batch, device=batches["live"].device).view(clients, steps, batch)
+        return Places(steps * batch, at.transpose(0, 1).reshape(steps, -1))
 
     def examples(self, batches: Tree, places: Places, rooms: Rooms) -> Tensor:
-        """Those of ``places``, ``[K, N, ...]``; overwritten by the next block's."""
+        """Those of ``places``, ``[K, N, ...]``; overwritten by another block's."""
         if self.data is None or "rows" not in batches:
-            x: Tensor = batches["x"]
-            return x.flatten(1, 2)
-        rows = batches["rows"].flatten(1) if places.rows is None else places.rows
-        found = room(rooms, "examples", (rows.numel(), *self.data.x.shape[1:]), self.data.x)
-        torch.index_select(self.data.x, 0, rows.flatten(), out=found)
+            given: Tensor = batches["x"]
+            return given.flatten(1, 2)
+        x, rows = self.data.x, batches["rows"].flatten(1) if places.rows is None else places.rows
+        shape = rows.numel(), *x.shape[1:]
+        fill = partial(torch.index_select, x, 0, rows.flatten())
+        found = filled(rooms, "examples", shape, x, places.rows, lambda out: fill(out=out))
         return found.view(*rows.shape, *found.shape[1:])
 
     def all(self, batches: Tree) -> Tree:
@@ -150,7 +165,7 @@ def distinct(rows: Tensor) -> Places:
     many = int(rank[:, -1].max()) + 1
     each = ordered[:, :1].repeat(1, many).scatter_(1, rank, ordered)
     at = torch.empty_like(order).scatter_(1, order, rank) + torch.arange(clients, device=rows.device)[:, None] * many
-    return Places(many, each, at.view(clients, steps, batch).transpose(0, 1).reshape(steps, -1))
+    return Places(many, at.view(clients, steps, batch).transpose(0, 1).reshape(steps, -1), each)
 
 
 def parting(like: Tree) -> Callable[[Tensor], Tree]:

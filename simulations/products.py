@@ -46,15 +46,6 @@ def product(a: Tensor, b: Tensor) -> Tensor:
     return out[0]
 
 
-def with_earlier(x: Tensor, batch: int, out: Tensor) -> None:
-    """The inner products of rows of ``x [K, N, D]``, all but the first batch's, with all but the last batch's."""
-    rows, others = x[:, batch:], x[:, :-batch].mT
-    if _alone(x):
-        _aside(rows, others, out, others.shape[2])
-    else:
-        torch.bmm(rows, others, out=out)
-
-
 def with_each_other(x: Tensor, out: Tensor) -> None:
     """The inner products of the rows of ``x [K, N, D]``."""
     if _alone(x):

@@ -9,14 +9,15 @@ steps see, as with local epochs, is multiplied as often as one that one step see
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, fx, nn
 
-from fedtailor.simulations.feed import Feed, Places, Rooms, room
+from fedtailor.simulations.feed import Feed, Places, Rooms, filled, room
 from fedtailor.simulations.gradients import waits
 from fedtailor.simulations.layers import Known, beside
-from fedtailor.simulations.products import product, with_earlier, with_each_other
+from fedtailor.simulations.products import product, with_each_other
 from fedtailor.tree import Tree
 
 SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
@@ -79,13 +80,12 @@ def size(start: Tensor, places: Places) -> int:
 class Spanned:
     """Weights ``[K, P, D]`` on their way down: ``start - deltas.mT @ inputs``."""
 
-    places: Places
+    at: Tensor  # [S, K * B], see Places
     given: Tensor  # [K * B, ...]: stands for the examples, and is not to be read
-    start: Tensor  # [P, D]
     inputs: Tensor  # [K, N, D]
     deltas: Tensor  # [K, N, P], each input's so far, scaled by the learning rate
     made: Tensor  # [K, N, P]: of the inputs by the start
-    products: Tensor | None  # [K, N, N] of inputs; in order of the steps [K, N - B, N - B], see with_earlier
+    products: Tensor | None  # [K, N, N] of the inputs; None if there is one step
     steps: int = 0  # done
 
     def now(self) -> Known:
@@ -93,17 +93,11 @@ class Spanned:
         made = self._of_step(self.made)
         if not self.steps or self.products is None:
             return Known(made)
-        if self.places.at is None:
-            done, batch = self.steps * made.shape[1], made.shape[1]
-            return Known(made, self.products[:, done - batch : done, :done], self.deltas[:, :done])
         return Known(made, self._of_step(self.products), self.deltas)
 
     def add(self, delta: Tensor) -> None:
         """One more step, by the scaled gradient ``[K * B, P]`` of what the layer made."""
-        if self.places.at is None:
-            self._of_step(self.deltas).copy_(delta.view(len(self.deltas), -1, delta.shape[-1]))
-        else:
-            self.deltas.flatten(0, 1).index_add_(0, self.places.at[self.steps], delta)
+        self.deltas.flatten(0, 1).index_add_(0, self.at[self.steps], delta)
         self.steps += 1
 
     def total(self, weights: Tensor) -> Tensor:
@@ -113,10 +107,7 @@ class Spanned:
 
     def _of_step(self, x: Tensor) -> Tensor:
         """Of ``[K, N, ...]`` what the next step sees, ``[K, B, ...]``."""
-        clients, batch = len(x), len(self.given) // len(x)
-        if self.places.at is None:
-            return x[:, self.steps * batch : (self.steps + 1) * batch]
-        return x.flatten(0, 1).index_select(0, self.places.at[self.steps]).view(clients, batch, x.shape[-1])
+        return x.flatten(0, 1).index_select(0, self.at[self.steps]).view(len(x), -1, x.shape[-1])
 
 
 def worthwhile(start: Tensor, feed: Feed, batches: Tree, looks: bool) -> Places | None:
@@ -134,19 +125,18 @@ def worthwhile(start: Tensor, feed: Feed, batches: Tree, looks: bool) -> Places 
 
 
 def spanned(start: Tensor, feed: Feed, batches: Tree, places: Places, rooms: Rooms) -> Spanned:
-    """Before the first step of weights that all clients begin with, ``[P, D]``."""
-    clients, steps, batch = batches["live"].shape
-    inputs = feed.examples(batches, places, rooms).reshape(clients, places.many, -1)
-    deltas = room(rooms, "deltas of examples", (clients, places.many, len(start)), start)
-    made, products = product(inputs.flatten(0, 1), start.mT).view(deltas.shape), None
-    if places.at is not None:
-        deltas.zero_()
-    if steps > 1:
-        rows = places.many - batch if places.at is None else places.many
-        products = room(rooms, "products of examples", (clients, rows, rows), start)
-        with_earlier(inputs, batch, products) if places.at is None else with_each_other(inputs, products)
+    """Before the first step of weights that all clients begin with, ``[P, D]``.
+
+    Examples, and their products, are those of the block before where it had the same: where all take part in every round.
+    """
+    (clients, steps, batch), rows = batches["live"].shape, places.many
+    inputs = feed.examples(batches, places, rooms).reshape(clients, rows, -1)
+    fill = partial(with_each_other, inputs)
+    products = filled(rooms, "products", (clients, rows, rows), start, places.rows, fill) if steps > 1 else None
+    made = product(inputs.flatten(0, 1), start.mT).view(clients, rows, -1)
+    deltas = room(rooms, "deltas", made.shape, start).zero_()
     given = _nothing(rooms, (clients * batch, *feed.form(batches)[0]), start)
-    return Spanned(places, given, start, inputs, deltas, made, products)
+    return Spanned(places.at, given, inputs, deltas, made, products)
 
 
 def _nothing(rooms: Rooms, shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -187,13 +187,26 @@ def test_a_whole_round_draws_its_batches_anew(monkeypatch):
         run()
         run()
     (first, _), (second, model), (there, _), (still, _) = seen
-    assert first["live"].sum((1, 2)).tolist() != second["live"].sum((1, 2)).tolist() and still is there
+    assert first["live"].sum((1, 2)).tolist() != second["live"].sum((1, 2)).tolist() and still["live"] is there["live"]
     assert all((first["rows"][k] // 40 == k)[first["live"][k] > 0].all() for k in range(5))  # each of its own rows
     assert not torch.equal(model[0]["params"]["0.weight"], world.start["0.weight"])
 
     drawn = [len(rows) for _ in range(5) for rows in simulation_world._sampled(world.rows[0])]
     assert len(drawn) == 20 and len(set(drawn)) > 1 and 5 < sum(drawn) / 20 < 15
     world.opacus(1.0, 1.0, anew=True, draws=True)()
+
+
+@pytest.mark.parametrize("epochs,times", [(1, 1), (3, 1), (1, 2)])
+def test_every_client_sees_its_own_rows_once_an_epoch_in_an_order_of_the_rounds_own(epochs, times):
+    from benchmarks import simulation_world
+
+    world = simulation_world.World("tabular", 5, 4, epochs, times)
+    for round, rows in enumerate(world.rounds):
+        assert rows.shape == (5, 4 * epochs, 10)
+        for client, mine in enumerate(rows):
+            own = torch.arange(40) + 40 * (client + 5 * (round % times))
+            assert all(torch.equal(epoch.sort()[0], own) for epoch in mine.view(epochs, 40))
+    assert len({tuple(rows.flatten().tolist()) for rows in world.rounds}) == len(world.rounds)
 
 
 def test_figures_come_with_the_machine_and_the_versions(tmp_path, monkeypatch, capsys):
