@@ -189,7 +189,7 @@ def sensible(task: Task, first: Round) -> int:
     most, name = clients, f"{first_of(task.recipe.model())}.weight" if thin and task.clip is None else ""
     if name in params and (places := worthwhile(params[name], task.feed, first.batches, looks=True)) is not None:
         own.pop(name, None)
-        most = ROOM // size(params[name], places)
+        most = ROOM // size(params[name], places.many)
     each = sum(p.numel() * p.element_size() for p in own.values())
     most = max(1, min(most, CACHE // max(each, 1)))
     if most >= clients or any(p.device.type != "cpu" for p in params.values()):

@@ -59,21 +59,21 @@ def fewer(rows: int, start: Tensor) -> bool:
     return rows * sum(start.shape) <= 2 * start.numel()
 
 
-def pays(start: Tensor, places: Places, steps: int, batch: int) -> bool:
-    """Whether products of so many examples are less work than steps of weights ``[P, D]`` that every client has.
+def pays(start: Tensor, rows: int, steps: int, batch: int) -> bool:
+    """Whether products of a client's so many examples are less work than steps of weights ``[P, D]`` that every client has.
 
     On a CPU, in multiplications by D: of the examples twice by P, and with each other, beside each batch twice by P, and
     weights that are read and written in every step. How many multiplications the latter come to was measured.
     """
-    rows, outputs = places.many, len(start)
+    outputs = len(start)
     if start.device.type != "cpu":
         return fewer(rows, start)
     return rows * (2 * outputs + rows) <= outputs * steps * (2 * batch + MOVED)
 
 
-def size(start: Tensor, places: Places) -> int:
-    """Bytes that a client's take here."""
-    return places.many * (sum(start.shape) + len(start) + places.many) * start.element_size()
+def size(start: Tensor, rows: int) -> int:
+    """Bytes that so many examples of a client take here."""
+    return rows * (sum(start.shape) + len(start) + rows) * start.element_size()
 
 
 @dataclass
@@ -121,7 +121,7 @@ def worthwhile(start: Tensor, feed: Feed, batches: Tree, looks: bool) -> Places 
     if shape.numel() != start.shape[1] or dtype != start.dtype or not large(clients, start):
         return None
     places = feed.places(batches, looks and waits(start))
-    return places if pays(start, places, steps, batch) else None
+    return places if pays(start, places.many, steps, batch) else None
 
 
 def spanned(start: Tensor, feed: Feed, batches: Tree, places: Places, rooms: Rooms) -> Spanned:

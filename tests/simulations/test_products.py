@@ -129,7 +129,7 @@ def test_a_block_with_long_rows_learns_what_one_client_after_another_does(
         total, mine = expected.sum(0), tree.flatten(found)[name].sum(0)
         torch.testing.assert_close(mine, total, rtol=1e-10, atol=1e-12)
     thin = hidden == 40 and together
-    rows, earlier = clients * steps * batch, [(clients, (steps - 1) * batch, length)] * (steps > 1)
-    large = [(1, rows, length), *earlier, (1, hidden, rows)]  # by what all began with, with earlier ones, added up
+    rows, each_other = clients * steps * batch, [(clients, steps * batch, length)] * (steps > 1)
+    large = [*each_other, (1, rows, length), (1, hidden, rows)]  # by what all began with; added up
     small = [(clients, batch, length)] * (steps - 1)  # at first all share weights
     assert made_aside == ([] if threads > 1 else large if thin else small)

@@ -10,12 +10,12 @@ from torch import nn
 from fedtailor import strategies, tree
 from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part
+from fedtailor.simulations import spanned
 from fedtailor.simulations.blocks import block_train
-from fedtailor.simulations.descent import Descent
 from fedtailor.simulations.engine import looped
-from fedtailor.simulations.feed import Feed, Places, distinct
+from fedtailor.simulations.feed import Feed, distinct
 from fedtailor.simulations.paths import Round, Task, sensible
-from fedtailor.simulations.spanned import first_of, pays, size
+from fedtailor.simulations.spanned import Spanned, first_of, pays, size
 
 FED = strategies.fedavg()
 
@@ -55,48 +55,86 @@ def seen_again(epochs, rows, seed=0):
 
 
 @pytest.fixture
-def places(monkeypatch):
-    """Of every block that was trained so."""
-    found, total = [], Descent.total
-    monkeypatch.setattr(
-        Descent,
-        "total",
-        lambda self, *given: found.extend(one.places for one in self.spanned.values()) or total(self, *given),
-    )
+def rows_of(monkeypatch):
+    """Of every block that was trained so, how many rows each of its clients has."""
+    found, total = [], Spanned.total
+    monkeypatch.setattr(Spanned, "total", lambda self, *of: found.append(self.inputs.shape[1]) or total(self, *of))
     return found
 
 
 @pytest.mark.parametrize("epochs,rows", [(1, 8), (3, 8), (5, 12)])
 @pytest.mark.parametrize("strategy", ["fedavg", "fednova"])
-def test_epochs_of_a_block_are_those_of_one_client_after_another(places, epochs, rows, strategy):
+def test_epochs_of_a_block_are_those_of_one_client_after_another(rows_of, epochs, rows, strategy):
     strategy = getattr(strategies, strategy)()
     recipe, params, feed, batches, *rest = seen_again(epochs, rows)
     alone = looped(reference(recipe, strategy, None))({"params": params}, {}, feed.all(batches), *rest)[0]
     found = block_train(recipe, strategy, 0.3, feed=feed, together=True)({"params": params}, {}, batches, *rest)[0]
     for name, expected in tree.flatten(alone).items():
         torch.testing.assert_close(tree.flatten(found)[name][0], expected.sum(0), rtol=1e-10, atol=1e-12)
-    (one,) = places
-    assert (one.many, one.at is None) == (rows, epochs == 1)
+    assert rows_of == [rows]
 
 
-def test_examples_that_are_given_as_such_are_never_looked_for(places):
+def test_examples_that_are_given_as_such_are_never_looked_for(rows_of):
     recipe, params, feed, batches, *rest = seen_again(3, 8)
     many = block_train(recipe, FED, 0.3, feed=feed, together=True)
     by_number = many({"params": params}, {}, batches, *rest)[0]["delta"]
     as_such = many({"params": params}, {}, feed.all(batches), *rest)[0]["delta"]
-    assert [(one.many, one.at is None) for one in places] == [(8, False), (24, True)]
+    assert rows_of == [8, 24]
     for name, delta in by_number.items():
         torch.testing.assert_close(as_such[name], delta, rtol=1e-10, atol=1e-12)
 
 
-def test_a_block_that_is_written_down_looks_at_no_rows(places):
+def test_a_block_that_is_written_down_looks_at_no_rows(rows_of):
     """What a compiler or a CUDA graph repeats must not depend on them."""
     recipe, params, feed, batches, *rest = seen_again(2, 8)
     makes = []
     block_train(recipe, FED, 0.3, feed=feed, together=True, replay=lambda make: makes.append(make) or make(True))
     for looks in (True, False):
         makes[0](looks)({"params": params}, {}, batches, *rest)
-    assert [(one.many, one.at is None) for one in places] == [(8, False), (16, True)]
+    assert rows_of == [8, 16]
+
+
+def test_what_is_known_of_the_same_examples_is_not_made_again(monkeypatch):
+    """In whatever order they come; and of others it is, also where the last time failed halfway."""
+    made_of, each = [], spanned.with_each_other
+    monkeypatch.setattr(spanned, "with_each_other", lambda x, out: made_of.append(len(x)) or each(x, out))
+    recipe, params, feed, batches, *rest = seen_again(3, 8)
+    anew = batches | {"rows": batches["rows"].flip(1), "live": batches["live"].flip(1)}
+    others = batches | {"rows": batches["rows"].roll(1, 0)}
+    many = block_train(recipe, FED, 0.3, feed=feed, together=True)
+
+    def check(some, times):
+        made_of.clear()
+        found = many({"params": params}, {}, some, *rest)[0]["delta"]
+        assert len(made_of) == times
+        fresh = block_train(recipe, FED, 0.3, feed=feed, together=True)({"params": params}, {}, some, *rest)[0]["delta"]
+        assert all(torch.equal(found[name], fresh[name]) for name in fresh)
+
+    for some, times in ((batches, 1), (batches, 0), (anew, 0), (others, 1), (batches, 1)):
+        check(some, times)
+    with monkeypatch.context() as broken:
+        broken.setattr(spanned, "with_each_other", lambda x, out: each(x, out.zero_()) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            many({"params": params}, {}, others, *rest)
+    check(others, 1)
+
+
+def test_it_is_near_in_half_precision():
+    recipe, params, feed, batches, *rest = seen_again(3, 8)
+    expected = block_train(recipe, FED, 0.3, feed=feed, together=True)({"params": params}, {}, batches, *rest)[0][
+        "delta"
+    ]
+    params, batches, *rest = (tree.map(single, {"": each})[""] for each in (params, batches, *rest))
+    data = feed.data._replace(x=feed.data.x.float())
+    halved = recipe._replace(model=lambda: recipe.model().float())
+    many = block_train(halved, FED, 0.3, feed=feed._replace(data=data), together=True, half=True)
+    found = many({"params": params}, {}, batches, *rest)[0]["delta"]
+    for name, delta in expected.items():
+        assert 1e-4 < (found[name] - delta).norm() / delta.norm() < 2e-2
+
+
+def single(x):
+    return x.float() if x.is_floating_point() else x
 
 
 class Fork(nn.Module):
@@ -173,9 +211,9 @@ def test_what_stands_for_the_examples_is_no_number(monkeypatch):
 
 def test_whether_it_pays():
     start = torch.zeros(10, 3072)
-    assert not pays(start, Places(50), 5, 10) and pays(start, Places(50), 25, 10)  # one epoch, and five
-    assert pays(torch.zeros(128, 3072), Places(50), 5, 10) and not pays(torch.zeros(128, 3072), Places(700), 70, 10)
-    assert pays(start.to("meta"), Places(19), 5, 10) and not pays(start.to("meta"), Places(50), 25, 10)
+    assert not pays(start, 50, 5, 10) and pays(start, 50, 25, 10)  # one epoch, and five
+    assert pays(torch.zeros(128, 3072), 50, 5, 10) and not pays(torch.zeros(128, 3072), 700, 70, 10)
+    assert pays(start.to("meta"), 19, 5, 10) and not pays(start.to("meta"), 50, 25, 10)
 
 
 def test_blocks_are_as_large_as_what_is_kept_in_place_of_weights_allows(monkeypatch):
@@ -186,5 +224,5 @@ def test_blocks_are_as_large_as_what_is_kept_in_place_of_weights_allows(monkeypa
     monkeypatch.setattr("fedtailor.simulations.paths.CACHE", 300 * 200 * 8)
     assert sensible(task, first) == 64  # of all steps' 320 rows they would be weights, of which the cache holds one
     assert sensible(task._replace(together=False), first) == 1
-    monkeypatch.setattr("fedtailor.simulations.paths.ROOM", 2 * size(params["0.weight"], Places(8)))
+    monkeypatch.setattr("fedtailor.simulations.paths.ROOM", 2 * size(params["0.weight"], 8))
     assert sensible(task, first) == 2
