@@ -168,7 +168,8 @@ class Descent:
         rows = sum(given.numel() // features for given, _ in uses) // clients * self.steps
         if large(clients, start) and fewer(rows, start):
             inputs = room(self.rooms, f"{name} inputs", (clients, rows, features), start)
-            self.seen[name] = Seen(start, inputs, room(self.rooms, f"{name} deltas", (clients, rows, len(start)), start))
+            deltas = room(self.rooms, f"{name} deltas", (clients, rows, len(start)), start)
+            self.seen[name] = Seen(start, inputs, deltas)
         return name in self.seen
 
     def _further(self, name: str, uses: Uses, x: Tensor) -> None:

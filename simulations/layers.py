@@ -59,7 +59,7 @@ class Known(NamedTuple):
     """Such weights, by what they make of the next rows: ``made - products @ deltas``."""
 
     made: Tensor  # [K, B, P]: by what all clients began with
-    products: Tensor | None = None  # [K, B, N]: of these rows with those of the steps so far; None before the first step
+    products: Tensor | None = None  # [K, B, N]: of these rows with all that were seen; None before the first step
     deltas: Tensor | None = None  # [K, N, P]
 
 

@@ -22,12 +22,12 @@ from fedtailor.simulations.clients import population as virtual
 from fedtailor.simulations.cohort import feed_from, prepared, with_rows
 from fedtailor.simulations.compiled import replay_of
 from fedtailor.simulations.crew import Duty
-from fedtailor.simulations.spanned import SMALL
 from fedtailor.simulations.devices import fleet
 from fedtailor.simulations.hardware import across, device_of, given, home_of, home_of_rows, packed, placed, recipe_on
 from fedtailor.simulations.natural import counted, read_with
 from fedtailor.simulations.paths import Round, Task, Way, check_half, choose
 from fedtailor.simulations.policies import Gate, admit
+from fedtailor.simulations.spanned import SMALL
 from fedtailor.simulations.standing import Standing
 from fedtailor.simulations.traffic import Keep, counting
 from fedtailor.sources import DataSource
