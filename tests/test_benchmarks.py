@@ -154,7 +154,8 @@ def test_rounds_that_do_not_count_are_told_apart(monkeypatch, capsys):
     turn = side.turn()
     assert (side.warm_up_s, side.threads, set(threads)) == (pytest.approx((3.0, 0.05)), 2, {2})
     assert side.compile_s is not None and here(run, lambda: clock[0]).compile_s is None
-    assert turn.seconds == pytest.approx([0.05, 0.05]) and not turn.warm_up_s  # a tenth of a second of them
+    assert turn.seconds == pytest.approx([0.05] * 6) and not turn.warm_up_s  # three tenths of a second of them
+    assert next(took) == 0.05 and len([*took]) == 100 - 1 - (1 + 6) - 2 - 1  # one before them does not count
     say([1.0, 6.0, 9.0, 10.0, 12.0])
     assert Rounds(**json.loads(capsys.readouterr().out)) == Rounds([1.0, 2.0], [5.0, 3.0])
 
