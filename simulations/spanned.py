@@ -102,8 +102,8 @@ class Spanned:
 
     def total(self, weights: Tensor) -> Tensor:
         """The clients' changes, weighted by ``weights [K]`` and added up: ``[P, D]``."""
-        rows = (self.deltas * beside(weights, self.deltas)).flatten(0, 1)
-        return product(rows.mT, self.inputs.flatten(0, 1)).neg_()
+        rows = (self.deltas * beside(-weights, self.deltas)).flatten(0, 1)
+        return product(rows.mT, self.inputs.flatten(0, 1))
 
     def _of_step(self, x: Tensor) -> Tensor:
         """Of ``[K, N, ...]`` what the next step sees, ``[K, B, ...]``."""

@@ -65,6 +65,18 @@ def test_a_large_product_is_that_of_torch(made_aside, monkeypatch):
     assert not made_aside
 
 
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("shape", [(7, 30, 20), (20, 30, 7), (7, 30, 21)])
+def test_a_wide_product_is_made_in_halves_by_two_threads(monkeypatch, threads, shape):
+    rows, length, columns = shape
+    a, b = torch.randn(length, rows, dtype=torch.double).mT, torch.randn(length, columns + 3, dtype=torch.double)[:, 3:]
+    expected, halves, bmm = a @ b, [], torch.bmm
+    monkeypatch.setattr(torch, "bmm", lambda *given: halves.append(1) or bmm(*given))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.testing.assert_close(products.product(a, b), expected, rtol=1e-12, atol=1e-12)
+    assert len(halves) == (threads == 2 and shape == (7, 30, 20))
+
+
 def test_who_writes_operations_down_sees_them():
     from torch.fx.experimental.proxy_tensor import make_fx
 
