@@ -61,8 +61,11 @@ def blazefl(python: Path, model: str, rounds: int, workers: str) -> Rounds:
 
 
 def _said(command: list[Path | str], more: dict[str, str] | None = None) -> Rounds:
-    run = subprocess.run(command, capture_output=True, text=True, env=os.environ | (more or {}))
-    if run.returncode:
+    for _ in range(2):  # one of several hundred starts of processes that look for each other has been seen to fail
+        run = subprocess.run(command, capture_output=True, text=True, env=os.environ | (more or {}))
+        if not run.returncode:
+            break
+    else:
         raise SystemExit(f"{' '.join(map(str, command))} ended with {run.returncode}:\n{run.stderr[-2000:]}")
     time.sleep(SETTLES)
     return Rounds(**json.loads(run.stdout.splitlines()[-1]))
