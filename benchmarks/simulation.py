@@ -7,7 +7,8 @@
     epochs      the same with five local epochs
     private     record-level DP-SGD with noise: tabular, 50 clients of 40 rows; a small CNN, 20 clients of 40 images
     whole       the former's tabular round with the drawing of its batches: Poisson samples, a quarter of a client's rows
-    clock       the first shape by the clock, on all cores, beside the simulators of others, each in several ways
+    clock       the first shape by the clock, on all cores, beside the simulators of others, each in several ways; and once
+                more, ours with simulation.steps=compiled
     clipping    what clipping every example's gradient costs: the same run without it, noise apart
 
 The 50 clients are the same in every round, as the peers' are, and each draws the order of its points anew. "Others in every
@@ -68,14 +69,19 @@ def clock(turns: int, peers: Peers) -> Sets:
     """By the clock, with all cores: seconds of a round."""
     found, cores = {}, os.cpu_count() or 1
     for model in ("linear", "mlp"):
-        same, others = World(model, 50, 5).ours(), World(model, 50, 5, times=TIMES).ours()
+        what, world = f"{model}, 50 clients x 5 steps, by the clock", World(model, 50, 5)
+        same, others = world.ours(), World(model, 50, 5, times=TIMES).ours()
         sides = {
             f"fedtailor, threads: {threads}{name}": here(run, time.perf_counter, threads)
             for name, run in (("", same), (OTHERS, others))
             for threads in sorted({cores, 1}, reverse=True)
         }
-        sides |= _others(model, peers, cores)
-        found[f"{model}, 50 clients x 5 steps, by the clock"] = in_turns(sides, max(1, turns // 2))
+        compiled = here(world.ours(steps="compiled"), time.perf_counter, cores, compiles=True)
+        theirs = _others(model, peers, cores)
+        found[what] = in_turns(sides | theirs, max(1, turns // 2))
+        found[f"{what}, compiled"] = in_turns(
+            {f"fedtailor, threads: {cores}, compiled": compiled} | theirs, max(1, turns // 2)
+        )
     torch.set_num_threads(1)
     return found
 

@@ -20,7 +20,7 @@ from fedtailor.simulations.folded import folded
 from fedtailor.simulations.gradients import Part
 from fedtailor.simulations.graphs import Replay, plainly
 from fedtailor.simulations.layers import LINEAR, beside
-from fedtailor.simulations.spanned import first_of
+from fedtailor.simulations.spanned import EXAMINED, examined, first_of
 from fedtailor.simulations.stands import Tape
 from fedtailor.strategy import Local, Strategy, WeightedChange
 from fedtailor.training import NO_LOSS, parted
@@ -61,7 +61,8 @@ def block_train(
     whole = corrects or not optimizer.plain  # whether somebody asks for gradients
     change = strategy.report if isinstance(strategy.report, WeightedChange) else None
     weighted = change if together and strategy.reduce.is_sum else None
-    first = first_of(recipe.model()) if weighted is not None and not whole and clip is None else None
+    spans = weighted is not None and not whole and not starts and clip is None
+    first, examples, even = first_of(recipe.model()) if spans else None, Rooms(), replay is not plainly
     opening = next((layer for layer in model.layers if layer.name == first and layer.kind is LINEAR), None)
 
     def trained(sets: dict[str, Descent], batch: Batch) -> list[list[Part]]:
@@ -92,7 +93,9 @@ def block_train(
         corrected = _over_clients(lambda grads, params, memory: strategy.correct(grads, params, cast, memory), clients)
         rate, apart = lr * live, parting(feed.shapes(batches))
         if not whole:
-            instead = sets[""].span(opening, feed, batches, looks) if opening is not None and "" in sets else None
+            instead = None
+            if opening is not None and EXAMINED in batches:
+                instead = sets[""].span(opening, feed.form(batches)[0], batches[EXAMINED])
             for batch in feed.steps(batches, rooms, noisy, rate, instead):
                 for each, own in zip(sets.values(), trained(sets, batch), strict=True):
                     each.step(own, clients, batch.x)
@@ -133,7 +136,11 @@ def block_train(
 
     step, careful = replay(lambda looks: partial(once, {}, False, looks)), partial(once, {}, True, True)
 
-    def many(*given: Any) -> tuple[Tree, Tree]:
+    def many(cast: Tree, memory: Tree, batches: Tree, *rest: Any) -> tuple[Tree, Tree]:
+        if opening is not None:  # outside of what may be recorded or compiled, which looks at no rows
+            start = cast["params"][opening.full("weight")]
+            batches = examined(start, feed, batches, examples, even)
+        given = cast, memory, batches, *rest
         found = step(*given)
         if "odd" in found and not math.isfinite(float(found["odd"])):
             found = careful(*given)  # all steps again, with a second look in each

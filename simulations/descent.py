@@ -9,11 +9,11 @@ from torch import Tensor
 
 from fedtailor.errors import ConfigError
 from fedtailor.optimizers import SGD, Kept, Optimizer, descended
-from fedtailor.simulations.feed import Feed, Rooms, room
+from fedtailor.simulations.feed import Rooms, room
 from fedtailor.simulations.gradients import Part, Uses
 from fedtailor.simulations.layers import LINEAR, Thin, beside, linear_bias
 from fedtailor.simulations.products import product
-from fedtailor.simulations.spanned import Spanned, fewer, large, spanned, worthwhile
+from fedtailor.simulations.spanned import Spanned, fewer, large, spanned
 from fedtailor.simulations.stands import Layer
 from fedtailor.tree import Tree
 
@@ -67,19 +67,19 @@ class Descent:
     begun: bool = False
     own: set[str] = field(default_factory=set)  # parameters of this descent's making, which may be changed in place
 
-    def span(self, layer: Layer, feed: Feed, batches: Tree, looks: bool) -> Tensor | None:
-        """Never make the weights of the layer that alone is given the examples, where others are less work.
+    def span(self, layer: Layer, shape: torch.Size, known: Tree) -> Tensor:
+        """Never make the weights of the layer that alone is given the examples; to be called before the first step.
 
-        To be called before the first step. Returns what the model is to be given in their place; None: the examples.
+        Args:
+            shape: of an example.
+            known: of them all, see :func:`fedtailor.simulations.spanned.examined`.
+
+        Returns what the model is to be given in their place.
         """
+        assert self.thin and self.shared and self.rooms is not None
         name = layer.full("weight")
-        if not self.thin or self.rooms is None or not self.shared:
-            return None
-        start = self.params[name][0]
-        if (places := worthwhile(start, feed, batches, looks)) is None:
-            return None
-        found = spanned(start, feed, batches, places, self.rooms)
-        self.spanned[name], self.params[name] = found, found.now()
+        found = self.spanned[name] = spanned(self.params[name][0], shape, known, self.rooms)
+        self.params[name] = found.now()
         return found.given
 
     def step(self, parts: list[Part], clients: int, x: Tensor) -> None:

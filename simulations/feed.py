@@ -97,10 +97,14 @@ class Feed(NamedTuple):
         x: Tensor = batches["x"][0, 0] if self.data is None or "rows" not in batches else self.data.x
         return x.shape[1:], x.dtype
 
-    def places(self, batches: Tree, looks: bool = True) -> Places:
-        """Which examples each client's steps see: each once, if they come by number and one ``looks``."""
+    def places(self, batches: Tree, looks: bool = True, even: bool = False) -> Places:
+        """Which examples each client's steps see: each once, if they come by number and one ``looks``.
+
+        Args:
+            even: let their number be a twentieth of all steps' or a multiple of it, so that few numbers come about.
+        """
         if looks and self.data is not None and "rows" in batches:
-            return distinct(batches["rows"])
+            return distinct(batches["rows"], 20 if even else None)
         clients, steps, batch = batches["live"].shape
         at = torch.arange(clients * steps * batch, device=batches["live"].device).view(clients, steps, batch)
         return Places(steps * batch, at.transpose(0, 1).reshape(steps, -1))
@@ -157,12 +161,14 @@ class Feed(NamedTuple):
         return self.noise(batches["noise_seed"], batches["live"].shape[1])
 
 
-def distinct(rows: Tensor) -> Places:
-    """Of ``rows [K, S, B]`` each client's own, each once, ascending."""
+def distinct(rows: Tensor, parts: int | None = None) -> Places:
+    """Of ``rows [K, S, B]`` each client's own, each once, ascending; as many as so many parts of all, or a few of them, are."""
     clients, steps, batch = rows.shape
     ordered, order = rows.flatten(1).sort(1)
     rank = torch.nn.functional.pad((ordered[:, 1:] != ordered[:, :-1]).cumsum(1), (1, 0))
     many = int(rank[:, -1].max()) + 1
+    if parts is not None:
+        many = steps * batch * -(-parts * many // (steps * batch)) // parts
     each = ordered[:, :1].repeat(1, many).scatter_(1, rank, ordered)
     at = torch.empty_like(order).scatter_(1, order, rank) + torch.arange(clients, device=rows.device)[:, None] * many
     return Places(many, at.view(clients, steps, batch).transpose(0, 1).reshape(steps, -1), each)

@@ -187,7 +187,7 @@ def sensible(task: Task, first: Round) -> int:
     all_steps, clients = first.batches["live"][0].numel(), len(first.live)
     own = {name: p for name, p in params.items() if not (thin and p.dim() == 2 and fewer(all_steps, p))}
     most, name = clients, f"{first_of(task.recipe.model())}.weight" if thin and task.clip is None else ""
-    if name in params and (places := worthwhile(params[name], task.feed, first.batches, looks=True)) is not None:
+    if name in params and (places := worthwhile(params[name], task.feed, first.batches)) is not None:
         own.pop(name, None)
         most = ROOM // size(params[name], places.many)
     each = sum(p.numel() * p.element_size() for p in own.values())

@@ -22,6 +22,7 @@ from fedtailor.tree import Tree
 
 SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
 MOVED = 30  # multiplications that take as long as a weight's way from memory and back: 16 shapes, one thread and two
+EXAMINED = "examined"  # of a batch: what is known of its examples
 ARRANGES = {"flatten", "reshape", "view", "contiguous", torch.flatten, torch.reshape}
 
 
@@ -110,33 +111,48 @@ class Spanned:
         return x.flatten(0, 1).index_select(0, self.at[self.steps]).view(len(x), -1, x.shape[-1])
 
 
-def worthwhile(start: Tensor, feed: Feed, batches: Tree, looks: bool) -> Places | None:
+def worthwhile(start: Tensor, feed: Feed, batches: Tree, even: bool = False) -> Places | None:
     """The examples of a block's clients, if it is less work to make no weights of the layer that begins with ``[P, D]``.
 
     Args:
-        looks: whether to look which examples are the same.
+        even: see :meth:`fedtailor.simulations.feed.Feed.places`.
     """
     shape, dtype = feed.form(batches)
     clients, steps, batch = batches["live"].shape
     if shape.numel() != start.shape[1] or dtype != start.dtype or not large(clients, start):
         return None
-    places = feed.places(batches, looks and waits(start))
+    places = feed.places(batches, waits(start), even)
     return places if pays(start, places.many, steps, batch) else None
 
 
-def spanned(start: Tensor, feed: Feed, batches: Tree, places: Places, rooms: Rooms) -> Spanned:
-    """Before the first step of weights that all clients begin with, ``[P, D]``.
+def examined(start: Tensor, feed: Feed, batches: Tree, rooms: Rooms, even: bool) -> Tree:
+    """``batches``, with what is known of their examples before any step, if no weights are made, see :func:`worthwhile`.
 
-    Examples, and their products, are those of the block before where it had the same: where all take part in every round.
+    Both the examples and their products are those of the block before where it had the same clients, as if all take part in
+    every round.
     """
-    (clients, steps, batch), rows = batches["live"].shape, places.many
+    if (places := worthwhile(start, feed, batches, even)) is None:
+        return batches
+    (clients, steps, _), rows = batches["live"].shape, places.many
     inputs = feed.examples(batches, places, rooms).reshape(clients, rows, -1)
-    fill = partial(with_each_other, inputs)
-    products = filled(rooms, "products", (clients, rows, rows), start, places.rows, fill) if steps > 1 else None
-    made = product(inputs.flatten(0, 1), start.mT).view(clients, rows, -1)
+    found = {"inputs": inputs, "at": places.at}
+    if steps > 1:
+        fill = partial(with_each_other, inputs)
+        found["products"] = filled(rooms, "products", (clients, rows, rows), start, places.rows, fill)
+    return batches | {EXAMINED: found}
+
+
+def spanned(start: Tensor, shape: torch.Size, known: Tree, rooms: Rooms) -> Spanned:
+    """Before the first step of weights that all clients begin with, ``[P, D]``, by what was :func:`examined`.
+
+    Args:
+        shape: of an example.
+    """
+    inputs = known["inputs"]
+    made = product(inputs.flatten(0, 1), start.mT).view(*inputs.shape[:2], -1)
     deltas = room(rooms, "deltas", made.shape, start).zero_()
-    given = _nothing(rooms, (clients * batch, *feed.form(batches)[0]), start)
-    return Spanned(places.at, given, inputs, deltas, made, products)
+    given = _nothing(rooms, (known["at"].shape[1], *shape), start)
+    return Spanned(known["at"], given, inputs, deltas, made, known.get("products"))
 
 
 def _nothing(rooms: Rooms, shape: tuple[int, ...], like: Tensor) -> Tensor:

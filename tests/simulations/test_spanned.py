@@ -21,12 +21,13 @@ FED = strategies.fedavg()
 
 
 @settings(deadline=None)
-@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99))
-def test_each_clients_rows_are_listed_once_and_found_again(clients, steps, batch, rows, seed):
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 4), st.integers(1, 9), st.integers(0, 99), st.booleans())
+def test_each_clients_rows_are_listed_once_and_found_again(clients, steps, batch, rows, seed, even):
     seen = torch.randint(rows, (clients, steps, batch), generator=torch.Generator().manual_seed(seed)) * 3
-    places = distinct(seen)
+    places = distinct(seen, 20 if even else None)
     own = [sorted(set(one.flatten().tolist())) for one in seen]
-    assert places.many == max(map(len, own))
+    most, every = max(map(len, own)), steps * batch
+    assert places.many == min(n for n in (every * part // 20 for part in range(21)) if n >= most) if even else most
     for mine, listed in zip(own, places.rows.tolist(), strict=True):
         assert listed[: len(mine)] == mine and set(listed) == set(mine)
     assert torch.equal(places.rows.flatten()[places.at], seen.transpose(0, 1).reshape(steps, -1))
@@ -84,14 +85,24 @@ def test_examples_that_are_given_as_such_are_never_looked_for(rows_of):
         torch.testing.assert_close(as_such[name], delta, rtol=1e-10, atol=1e-12)
 
 
-def test_a_block_that_is_written_down_looks_at_no_rows(rows_of):
-    """What a compiler or a CUDA graph repeats must not depend on them."""
-    recipe, params, feed, batches, *rest = seen_again(2, 8)
-    makes = []
-    block_train(recipe, FED, 0.3, feed=feed, together=True, replay=lambda make: makes.append(make) or make(True))
-    for looks in (True, False):
-        makes[0](looks)({"params": params}, {}, batches, *rest)
-    assert rows_of == [8, 16]
+@pytest.mark.parametrize("rows,many", [(20, 21), (8, 8)])
+def test_a_block_that_is_written_down_is_given_what_is_known(rows_of, rows, many):
+    """What a compiler or a CUDA graph repeats does not depend on which rows are the same, but for how many, about."""
+    recipe, params, feed, batches, *rest = seen_again(3, rows)
+    told = []
+
+    def written(make):
+        step = make(False)
+        return lambda *given: told.append(tree.flatten(given[2])) or step(*given)
+
+    found = block_train(recipe, FED, 0.3, feed=feed, together=True, replay=written)(
+        {"params": params}, {}, batches, *rest
+    )
+    plain = block_train(recipe, FED, 0.3, feed=feed, together=True)({"params": params}, {}, batches, *rest)
+    assert rows_of == [many, rows]
+    assert told[0]["examined/inputs"].shape == (K, many, 300) and told[0]["examined/products"].shape == (K, many, many)
+    for name, delta in plain[0]["delta"].items():
+        torch.testing.assert_close(found[0]["delta"][name], delta, rtol=1e-10, atol=1e-12)
 
 
 def test_what_is_known_of_the_same_examples_is_not_made_again(monkeypatch):
