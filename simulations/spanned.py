@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx, nn
 
+from fedtailor.simulations import gradients
 from fedtailor.simulations.feed import Feed, Places, Rooms, filled, room
-from fedtailor.simulations.gradients import waits
 from fedtailor.simulations.layers import Known, beside
 from fedtailor.simulations.products import product, with_each_other
 from fedtailor.tree import Tree
@@ -121,7 +121,7 @@ def worthwhile(start: Tensor, feed: Feed, batches: Tree, even: bool = False) -> 
     clients, steps, batch = batches["live"].shape
     if shape.numel() != start.shape[1] or dtype != start.dtype or not large(clients, start):
         return None
-    places = feed.places(batches, waits(start), even)
+    places = feed.places(batches, looks=gradients.waits(start), even=even)
     return places if pays(start, places.many, steps, batch) else None
 
 
