@@ -1,5 +1,7 @@
 """A wide layer that is given the examples: trained without weights, each example multiplied once however often it is seen."""
 
+import math
+
 import pytest
 import torch
 from folk import B, K, S, made, reference, world
@@ -12,7 +14,7 @@ from fedtailor.errors import ConfigError
 from fedtailor.recipe import Part
 from fedtailor.simulations import spanned
 from fedtailor.simulations.blocks import block_train
-from fedtailor.simulations.engine import looped
+from fedtailor.simulations.engine import looped, simulate_round
 from fedtailor.simulations.feed import Feed, distinct
 from fedtailor.simulations.paths import Round, Task, sensible
 from fedtailor.simulations.spanned import Spanned, first_of, pays, size
@@ -73,6 +75,22 @@ def test_epochs_of_a_block_are_those_of_one_client_after_another(rows_of, epochs
     for name, expected in tree.flatten(alone).items():
         torch.testing.assert_close(tree.flatten(found)[name][0], expected.sum(0), rtol=1e-10, atol=1e-12)
     assert rows_of == [rows]
+
+
+@pytest.mark.parametrize("block", [1, 3, 64])
+def test_the_size_of_a_block_does_not_show(rows_of, block, monkeypatch):
+    """Two rounds of the same five clients: one block that knows its examples again, or several that do not."""
+    monkeypatch.setattr(spanned, "SMALL", 1)
+    recipe, params, feed, batches, *rest = seen_again(3, 8)
+    spanning = block_train(recipe, FED, 0.3, feed=feed, together=True)
+    alone = looped(reference(recipe, FED, None))
+    state, other = FED.init(params), FED.init(params)
+    for round in range(2):
+        state, _ = simulate_round(FED, spanning, state, {}, batches, *rest, round, block)
+        other, _ = simulate_round(FED, alone, other, {}, feed.all(batches), *rest, round)
+    assert len(rows_of) == 2 * math.ceil(K / block)
+    for name, p in other["params"].items():
+        torch.testing.assert_close(state["params"][name], p, rtol=1e-10, atol=1e-12)
 
 
 def test_examples_that_are_given_as_such_are_never_looked_for(rows_of):
