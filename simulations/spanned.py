@@ -21,7 +21,8 @@ from fedtailor.simulations.products import product, with_each_other
 from fedtailor.tree import Tree
 
 SMALL = 1 << 18  # weights of a block: so few stay in a processor's cache, and are quicker than what avoids them
-MOVED = 30  # multiplications that take as long as a weight's way from memory and back: 16 shapes, one thread and two
+MOVED = 30  # multiplications that take as long as a weight's way from memory and back
+SLOWER = 3  # times as long
 EXAMINED = "examined"  # of a batch: what is known of its examples
 ARRANGES = {"flatten", "reshape", "view", "contiguous", torch.flatten, torch.reshape}
 
@@ -63,13 +64,15 @@ def fewer(rows: int, start: Tensor) -> bool:
 def pays(start: Tensor, rows: int, steps: int, batch: int) -> bool:
     """Whether products of a client's so many examples are less work than steps of weights ``[P, D]`` that every client has.
 
-    On a CPU, in multiplications by D: of the examples twice by P, and with each other, beside each batch twice by P, and
-    weights that are read and written in every step. How many multiplications the latter come to was measured.
+    On a CPU, in multiplications: of the examples twice by P, with each other, and of each batch by what was added of all;
+    beside each batch twice by P, and weights that are read and written in every step. How many multiplications the latter
+    come to, and how many times as long one of a step's small products takes, was measured.
     """
-    outputs = len(start)
+    outputs, features = start.shape
     if start.device.type != "cpu":
         return fewer(rows, start)
-    return rows * (2 * outputs + rows) <= outputs * steps * (2 * batch + MOVED)
+    products = rows * (2 * outputs + rows) * features + SLOWER * steps * batch * rows * outputs
+    return products <= start.numel() * steps * (2 * batch + MOVED)
 
 
 def size(start: Tensor, rows: int) -> int:

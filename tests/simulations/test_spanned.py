@@ -242,6 +242,8 @@ def test_whether_it_pays():
     start = torch.zeros(10, 3072)
     assert not pays(start, 50, 5, 10) and pays(start, 50, 25, 10)  # one epoch, and five
     assert pays(torch.zeros(128, 3072), 50, 5, 10) and not pays(torch.zeros(128, 3072), 700, 70, 10)
+    assert not pays(torch.zeros(4096, 41), 203, 25, 40)  # far more examples than numbers in each
+    assert not pays(torch.zeros(200, 300), 600, 300, 10) and pays(torch.zeros(200, 300), 300, 150, 10)
     assert pays(start.to("meta"), 19, 5, 10) and not pays(start.to("meta"), 50, 25, 10)
 
 
