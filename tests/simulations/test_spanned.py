@@ -11,7 +11,7 @@ from torch import nn
 
 from fedtailor import strategies, tree
 from fedtailor.errors import ConfigError
-from fedtailor.recipe import Part
+from fedtailor.recipe import Part, initial
 from fedtailor.simulations import spanned
 from fedtailor.simulations.blocks import block_train
 from fedtailor.simulations.engine import looped, simulate_round
@@ -91,6 +91,45 @@ def test_the_size_of_a_block_does_not_show(rows_of, block, monkeypatch):
     assert len(rows_of) == 2 * math.ceil(K / block)
     for name, p in other["params"].items():
         torch.testing.assert_close(state["params"][name], p, rtol=1e-10, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_whatever_the_model_and_the_rows_rounds_are_those_of_one_client_after_another(data):
+    """Rows that come again or do not, padding anywhere, frozen parameters, blocks of any size, the same clients or others."""
+    draw, rng = (
+        (lambda *of: data.draw(st.integers(*of))),
+        torch.Generator().manual_seed(data.draw(st.integers(0, 9999))),
+    )
+    clients, steps, batch, rows, inputs, hidden = (draw(1, most) for most in (4, 5, 4, 9, 6, 5))
+    bias, own = data.draw(st.booleans()), clients * rows
+    layers = lambda: (nn.Flatten(), nn.Linear(2 * inputs, hidden, bias=bias), nn.Tanh(), nn.Linear(hidden, 3))  # noqa: E731
+    recipe, _ = made((lambda: nn.Sequential(*layers()), None))
+    params = initial(recipe, 0)
+    frozen = data.draw(st.sampled_from([None, None, "1.weight", "1.bias", "3.weight"]))
+    strategy = data.draw(st.sampled_from([FED, strategies.fednova()]))._replace(trains=lambda name: name != frozen)
+    feed = Feed(Part(torch.randn(own, 2, inputs, generator=rng).double(), torch.randint(3, (own,), generator=rng)))
+    with pytest.MonkeyPatch.context() as everywhere:
+        everywhere.setattr(spanned, "SMALL", 1)
+        everywhere.setattr(spanned, "pays", lambda *of: True)
+        written = (lambda make: make(False)) if data.draw(st.booleans()) else (lambda make: make(True))
+        many = block_train(recipe, strategy, 0.3, feed=feed, together=True, replay=written)
+        alone = looped(reference(recipe, strategy, None))
+        state, other = strategy.init(params), strategy.init(params)
+        for round in range(3):
+            if round == 0 or data.draw(st.booleans()):
+                live = (torch.rand(clients, steps, batch, generator=rng) < 0.8).double()
+                seen = torch.randint(rows, live.shape, generator=rng) + torch.arange(clients)[:, None, None] * rows
+                scale = torch.rand(clients, steps, generator=rng).double()
+                batches = {"rows": (seen * live).long(), "live": live, "scale": scale}
+                taken = live.any(2).double()
+                taken[:, 0] = 1  # a client that takes no step has no part in a round
+                rest = taken, torch.arange(1.0, clients + 1).double()
+            block = draw(1, clients)
+            state, _ = simulate_round(strategy, many, state, {}, batches, *rest, round, block)
+            other, _ = simulate_round(strategy, alone, other, {}, feed.all(batches), *rest, round, block)
+            for name, p in other["params"].items():
+                torch.testing.assert_close(state["params"][name], p, rtol=1e-9, atol=1e-10)
 
 
 def test_examples_that_are_given_as_such_are_never_looked_for(rows_of):
