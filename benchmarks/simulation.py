@@ -1,7 +1,7 @@
 """How fast the simulator trains clients, beside a plain PyTorch loop, Opacus and the simulators of others.
 
     python -m benchmarks.simulation [--quick] [--json] [--peers DIR] [--blazefl DIR] [--ray DIR]
-                                    [averaging] [epochs] [private] [whole] [clock] [clipping]
+                                    [averaging] [epochs] [private] [whole] [clock] [stock] [clipping]
 
     averaging   pfl-research's CIFAR-10 shape: 50 clients of 50 points, batches of 10, one epoch, SGD 0.1, plain averaging
     epochs      the same with five local epochs
@@ -9,13 +9,15 @@
     whole       the former's tabular round with the drawing of its batches: Poisson samples, a quarter of a client's rows
     clock       the first shape by the clock, on all cores, beside the simulators of others, each in several ways; and once
                 more, ours with simulation.steps=compiled
+    stock       of the latter the perceptron beside pfl-research's quickest way and Flower as it comes, with as many turns as
+                other parts have
     clipping    what clipping every example's gradient costs: the same run without it, noise apart
 
 The 50 clients are the same in every round, as the peers' are, and each draws the order of its points anew. "Others in every
 round" are four times as many clients, of whom each round has 50 in turn.
 
-Figures are of one round, from data at rest to the next model, without evaluation. Those of ``clock`` are seconds by the
-clock, and want a quiet machine; the others are processor seconds of one thread. All sides take turns, and the first is
+Figures are of one round, from data at rest to the next model, without evaluation. Those of ``clock`` and ``stock`` are seconds by
+the clock, and want a quiet machine; the others are processor seconds of one thread. All sides take turns, and the first is
 measured before and after each turn of another: a ratio is that turn's to what was around it (benchmarks/turns.py). The
 median is followed by the least and the greatest. Warm-up is the two rounds that do not count, of a peer each time that
 its process is started; it and the time that a compiler took are shown apart, the latter by the clock.
@@ -76,14 +78,26 @@ def clock(turns: int, peers: Peers) -> Sets:
             for name, run in (("", same), (OTHERS, others))
             for threads in sorted({cores, 1}, reverse=True)
         }
-        compiled = here(world.ours(steps="compiled"), time.perf_counter, cores, compiles=True)
-        theirs = _others(model, peers, cores)
+        compiled, theirs = _compiled(world, cores), _others(model, peers, cores)
         found[what] = in_turns(sides | theirs, max(1, turns // 2))
-        found[f"{what}, compiled"] = in_turns(
-            {f"fedtailor, threads: {cores}, compiled": compiled} | theirs, max(1, turns // 2)
-        )
+        found[f"{what}, compiled"] = in_turns(compiled | theirs, max(1, turns // 2))
     torch.set_num_threads(1)
     return found
+
+
+def stock(turns: int, peers: Peers) -> Sets:
+    """By the clock, with all cores, beside what is nearest: so few sides that there is time for more turns."""
+    cores = os.cpu_count() or 1
+    names = (f"pfl-research, processes: {cores}", "Flower on Ray, as it comes")
+    theirs = {name: side for name, side in _others("mlp", peers, cores).items() if name in names}
+    found = in_turns(_compiled(World("mlp", 50, 5), cores) | theirs, turns)
+    torch.set_num_threads(1)
+    return {"mlp, 50 clients x 5 steps, by the clock, compiled, more turns": found}
+
+
+def _compiled(world: World, cores: int) -> dict[str, Side]:
+    run = world.ours(steps="compiled")
+    return {f"fedtailor, threads: {cores}, compiled": here(run, time.perf_counter, cores, compiles=True)}
 
 
 def _others(model: str, peers: Peers, cores: int, rounds: int = 4) -> dict[str, Side]:
@@ -176,6 +190,7 @@ PARTS = {
     "private": private,
     "whole": whole,
     "clock": clock,
+    "stock": stock,
     "clipping": clipping,
 }
 

@@ -210,6 +210,19 @@ def test_every_client_sees_its_own_rows_once_an_epoch_in_an_order_of_the_rounds_
     assert len({tuple(rows.flatten().tolist()) for rows in world.rounds}) == len(world.rounds)
 
 
+def test_what_is_nearest_has_as_many_turns_as_any(monkeypatch):
+    from benchmarks import simulation
+
+    asked = []
+    monkeypatch.setattr(simulation, "World", lambda *of: None)
+    monkeypatch.setattr(simulation, "_compiled", lambda world, cores: {"ours": None})
+    monkeypatch.setattr(simulation, "in_turns", lambda sides, turns: asked.append((list(sides), turns)))
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    simulation.stock(7, simulation.Peers(pfl=Path("pfl"), ray=Path("ray")))
+    assert asked == [(["ours", "pfl-research, processes: 2", "Flower on Ray, as it comes"], 7)]
+
+
 def test_figures_come_with_the_machine_and_the_versions(tmp_path, monkeypatch, capsys):
     from benchmarks import machine, simulation
     from benchmarks.turns import Figures
